@@ -37,8 +37,8 @@ def make_case(rng: Generator) -> tuple[NDArray[np.int16], NDArray[np.uint8], Arr
     """
     shape = np.array([36, 48, 36]) + rng.integers(-2, 3, 3)
     voxels = np.moveaxis(np.indices(shape.tolist()), 0, -1) - (shape - 1) / 2
-    slope, bend = rng.uniform([-4, -8], [4, -2]), rng.uniform(1, 7, 2)
-    half_length, split = rng.uniform(13, 15.5), rng.uniform(0, 0.25)
+    slope, bend = rng.uniform([-4, -7], [4, -2]), rng.uniform(1, 6, 2)
+    half_length, split = rng.uniform(12, 14), rng.uniform(0, 0.25)
     t = np.linspace(-1, 1, 41)
     across = slope * t[:, None] + bend * (t[:, None] ** 2 - 0.5)
     line = np.stack([across[:, 0], half_length * t, across[:, 1]], -1) + rng.uniform(-2, 2, 3)

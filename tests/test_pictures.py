@@ -148,11 +148,12 @@ def test_wrong_arguments_are_named(image, label, count, message):
 
 @pytest.fixture
 def data():
+    image = ramp((2, 6, 8, 9)) * np.array([1, -1]).reshape(2, 1, 1, 1)
     affine = torch.diag(torch.tensor([3.0, 1.0, 2.0, 1.0], dtype=torch.float64))
     meta = {"filename_or_obj": "somewhere/case_1.nii.gz", "affine": affine}
     label = marked((1, 6, 8, 9), (0, 2, 3, 4), (0, 4, 6, 2))
     return {
-        "image": MetaTensor(ramp((2, 6, 8, 9)), meta=meta),
+        "image": MetaTensor(image, meta=meta),
         "pred": MetaTensor(label, meta=meta),
     }
 
