@@ -105,9 +105,14 @@ class CellularAutomaton(nn.Module):
         groups = 1 if self.is_dense else num_channels
         self.perception = convolution(num_channels, around, kernel_size, groups=groups)
         self.hidden = convolution(num_channels + around, hidden_size, 1)
-        self.norm = (
-            nn.Identity() if norm is None else get_norm_layer(norm, spatial_dims, hidden_size)
-        )
+        try:
+            self.norm = nn.Identity()
+            if norm is not None:
+                self.norm = get_norm_layer(norm, spatial_dims, hidden_size)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`norm` must be a MONAI normalisation, got {norm!r}: {error}"
+            ) from error
         self.update = convolution(hidden_size, num_channels, 1, bias=False)
         nn.init.zeros_(self.update.weight)
 

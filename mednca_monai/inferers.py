@@ -7,20 +7,12 @@ from typing import Any, cast
 import torch
 from monai.engines.utils import PrepareBatch, default_prepare_batch
 from monai.inferers.inferer import Inferer
-from monai.utils.module import optional_import
 from monai.utils.type_conversion import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
+from tqdm import tqdm
 
-from mednca_monai.network import MedNCA, Region, check_int, check_ints, crop
-
-
-def check_finite(inputs: Tensor) -> None:
-    """Raise ValueError where an image holds NaN or infinite values."""
-    finite = inputs.isfinite()
-    if not bool(finite.all()):
-        raise ValueError(
-            f"`inputs` must be finite, got {int((~finite).sum())} NaN or infinite values."
-        )
+from mednca_monai.checks import check_finite, check_int, check_ints
+from mednca_monai.network import MedNCA, Region, crop
 
 
 def check_patch(roi_size: int | Sequence[int], shape: Sequence[int]) -> list[int]:
@@ -29,6 +21,23 @@ def check_patch(roi_size: int | Sequence[int], shape: Sequence[int]) -> list[int
     if any(n > whole for n, whole in zip(size, shape, strict=True)):
         raise ValueError(f"`roi_size` must fit into the image, {list(shape)}, got {roi_size!r}.")
     return size
+
+
+def check_roi(roi_size: int | Sequence[int]) -> int | Sequence[int]:
+    """Return ``roi_size`` if it is made of positive integers, else raise ValueError."""
+    check_ints("roi_size", roi_size, len(roi_size) if isinstance(roi_size, Sequence) else 1, "axis")
+    return roi_size
+
+
+def check_start(start: Tensor, roi_size: Sequence[int], inputs: Tensor) -> None:
+    """Raise ValueError where ``start`` is not one place per image where a patch fits."""
+    shape = [len(inputs), len(roi_size)]
+    last = torch.tensor(inputs.shape[2:]) - torch.tensor(roi_size)
+    if start.dtype != torch.int64 or list(start.shape) != shape:
+        found = f"{start.dtype} of shape {list(start.shape)}"
+        raise ValueError(f"`patch_start` must be int64 of shape {shape}, got {found}.")
+    if bool(((start.cpu() < 0) | (start.cpu() > last)).any()):
+        raise ValueError(f"`patch_start` must be from 0 to {last.tolist()}, got {start.tolist()}.")
 
 
 def box(start: Sequence[int], stop: Sequence[int]) -> tuple[Any, ...]:
@@ -58,7 +67,7 @@ class RandomPatchInferer(Inferer):
 
     def __init__(self, roi_size: int | Sequence[int]) -> None:
         super().__init__()
-        self.roi_size = roi_size
+        self.roi_size = check_roi(roi_size)
 
     def __call__(
         self,
@@ -77,14 +86,18 @@ class RandomPatchInferer(Inferer):
             seed: as in `MedNCA.forward`.
 
         Raises:
-            ValueError: where the patch does not fit or ``inputs`` holds NaN or infinite values.
+            ValueError: where the patch does not fit, or ``inputs`` has another rank or number of
+                channels than the network or holds NaN or infinite values.
         """
+        module = unwrapped(network)
+        module.check_image(inputs)
         check_finite(inputs)
         shape = inputs.shape[2:]
         size = check_patch(self.roi_size, shape)
         if patch_start is None:
             patch_start = random_starts(len(inputs), size, shape)
-        regions = unwrapped(network).patch_regions(shape, patch_start, size)
+        check_start(patch_start, size, inputs)
+        regions = module.patch_regions(shape, patch_start, size)
         return network(inputs, seed=seed, regions=regions)
 
 
@@ -96,7 +109,7 @@ class RandomPatchBatch(PrepareBatch):
     """
 
     def __init__(self, roi_size: int | Sequence[int]) -> None:
-        self.roi_size = roi_size
+        self.roi_size = check_roi(roi_size)
 
     def __call__(
         self,
@@ -123,7 +136,7 @@ class RandomPatchBatch(PrepareBatch):
 
 
 class TiledInferer(Inferer):
-    """Segment an image tile by tile, in bounded memory, with the same logits as of the whole image.
+    """Segment an image tile by tile, in bounded memory; equal to the whole image, to rounding.
 
     For every tile each level runs on the cells whose influence can reach it, and the fire masks
     know where these cells are.
@@ -141,7 +154,7 @@ class TiledInferer(Inferer):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        self.roi_size = roi_size
+        self.roi_size = check_roi(roi_size)
         self.device = device
         self.progress = progress
 
@@ -176,7 +189,7 @@ class TiledInferer(Inferer):
         device = image.device if self.device is None else self.device
         logits = image.new_empty((len(image), module.out_channels, *shape), device=device)
         if self.progress:
-            starts = optional_import("tqdm", name="tqdm")[0](starts, desc="tiles")
+            starts = tqdm(starts, desc="tiles")
         for start in starts:
             stop = [min(a + n, whole) for a, n, whole in zip(start, size, shape, strict=True)]
             logits[box(start, stop)] = self.tile(image, network, seed, start, stop).to(device)
@@ -254,15 +267,16 @@ class EnsembleInferer(Inferer):
         for run in range(self.num_runs):
             logits = self.inferer(inputs, SeededNetwork(network, run), *args, **kwargs)
             logits = convert_to_tensor(logits, track_meta=False)
-            p = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
-            change = p - mean
+            probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+            change = probabilities - mean
             mean = mean + change / (run + 1)
-            squares = squares + change * (p - mean)
+            squares = squares + change * (probabilities - mean)
         std = (squares / self.num_runs).sqrt()
         # a sum over the foreground, as 1 - P(background) rounds to 0 where that is nearly certain;
         # the standard deviation is the same, as it does not see the sign
         foreground = mean if mean.shape[1] == 1 else mean[:, 1:]
-        nqm = std[:, :1].flatten(1).sum(1) / foreground.flatten(1).sum(1)
+        total = foreground.flatten(1).sum(1).clamp_min(torch.finfo(mean.dtype).tiny)
+        nqm = std[:, :1].flatten(1).sum(1) / total
         return {
             "mean": convert_to_dst_type(mean, inputs, dtype=mean.dtype)[0],
             "std": convert_to_dst_type(std, inputs, dtype=std.dtype)[0],

@@ -22,8 +22,8 @@ from monai.utils.dist import string_list_all_gather
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 
+from mednca_monai.checks import check_int
 from mednca_monai.data import case_name
-from mednca_monai.network import check_int
 
 MEASURES = ("dice", "hd95", "surface_dice")
 
@@ -134,7 +134,7 @@ class CaseReport(MetricsSaver):
     """Write each case's metrics to ``cases.csv``, and log and write statistics, ``summary.csv``.
 
     At the end of an evaluator's epoch it takes all ``engine.state.metric_details``, as `CaseMetric`
-    fills them, of all ranks, and names each column metric_structure, as in ``dice_anterior``. Rows
+    fills them, of all ranks, and names each column as in ``dice_anterior`` (of ``val_dice``). Rows
     of ``cases.csv`` are sorted by file name; its empty cells are ``left_out`` of the statistics.
     Rank 0 writes; files are replaced only once both tables are complete.
 
@@ -178,7 +178,8 @@ class CaseReport(MetricsSaver):
                     f"`{metric}` must have a value per case and structure of `label_names`, "
                     f"{expected}, got {list(values.shape)}."
                 )
-            names = [f"{metric}_{structure}" for structure in self.structures]
+            measure = metric.removeprefix("val_")
+            names = [f"{measure}_{structure}" for structure in self.structures]
             columns.update(zip(names, values.T.tolist(), strict=True))
         rows = sorted(zip(files, *columns.values(), strict=True))
         cases = [[case_name(file), *map(cell, values)] for file, *values in rows]

@@ -9,6 +9,7 @@ from monai.utils.type_conversion import convert_to_dst_type
 from torch import Tensor, nn
 
 from mednca_monai.automaton import CellularAutomaton
+from mednca_monai.checks import check_int, check_ints
 
 
 class Region(NamedTuple):
@@ -71,21 +72,6 @@ def crop(x: Tensor, region: Region) -> Tensor:
     return torch.stack(items)
 
 
-def check_int(name: str, value: object, minimum: int) -> int:
-    """Return ``value`` if it is an integer of at least ``minimum``, else raise ValueError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
-    return value
-
-
-def check_ints(name: str, value: int | Sequence[int], count: int, of: str) -> list[int]:
-    """Return one positive integer for each of ``count`` levels or axes, else raise ValueError."""
-    values = list(value) if isinstance(value, Sequence) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"`{name}` must be one value or one per {of} ({count}), got {value!r}.")
-    return [check_int(name, v, 1) for v in values]
-
-
 class MedNCA(nn.Module):
     """Segmentation network that iterates a tiny learnt rule per level over all cells of an image.
 
@@ -95,8 +81,8 @@ class MedNCA(nn.Module):
     are the channels after the image's on the finest level. A new network's logits are zero.
 
     Which cells fire in a step is a pure function of seed, level, step and position. In ``eval()``
-    an image without a seed always gives the same logits; in ``train()`` every forward draws seeds
-    from torch's generator.
+    an image without a seed always gives the same logits, to rounding; in ``train()`` every forward
+    draws seeds from torch's generator.
 
     Reference:
         Kalkhof, J., González, C., Mukhopadhyay, A., "Med-NCA: Robust and Lightweight Segmentation
@@ -149,7 +135,7 @@ class MedNCA(nn.Module):
         norm: str | tuple[str, dict[str, object]] | None = None,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
+        if not isinstance(spatial_dims, int) or spatial_dims not in (2, 3):
             raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims!r}.")
         self.spatial_dims = spatial_dims
         self.in_channels = check_int("in_channels", in_channels, 1)
@@ -162,7 +148,7 @@ class MedNCA(nn.Module):
         self.kernel_size = check_ints("kernel_size", kernel_size, num_levels, "level")
         if any(size % 2 == 0 for size in self.kernel_size):
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size!r}.")
-        if not 0 < fire_rate <= 1:
+        if not isinstance(fire_rate, (int, float)) or not 0 < fire_rate <= 1:
             raise ValueError(f"`fire_rate` must be in (0, 1], got {fire_rate!r}.")
         if firing not in ("independent", "sublattices"):
             raise ValueError(f"`firing` must be 'independent' or 'sublattices', got {firing!r}.")
@@ -241,7 +227,9 @@ class MedNCA(nn.Module):
         self.check_image(image)
         seed = self.seeds(image, seed)
         factor = torch.tensor(self.scale_factor)
-        first = torch.zeros(1, self.spatial_dims, dtype=torch.int64) if origin is None else origin
+        first = torch.zeros(1, self.spatial_dims, dtype=torch.int64)
+        if origin is not None:
+            first = origin.cpu()
         images = self.pyramid(image)
         cells = images[0][:, :0]
         outer = first
@@ -249,8 +237,9 @@ class MedNCA(nn.Module):
             image = images[level]
             start = first
             if regions is not None:
-                start = regions[level].start.cpu() + first
-                image = crop(image, regions[level])
+                region = Region(regions[level].start.cpu(), regions[level].size)
+                start = region.start + first
+                image = crop(image, region)
             if level == 0:
                 own = self.num_channels - self.in_channels
                 cells = torch.zeros_like(image[:, :1]).expand([-1, own] + [-1] * self.spatial_dims)

@@ -11,11 +11,11 @@ from monai.data.folder_layout import FolderLayout, default_name_formatter
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.spatial.array import Orientation
 from monai.transforms.transform import MapTransform
-from monai.utils.module import optional_import
 from monai.utils.type_conversion import convert_to_numpy
 from numpy.typing import NDArray
+from PIL import Image
 
-from mednca_monai.network import check_int
+from mednca_monai.checks import check_int
 
 HEIGHT = 200  # of a slice in pixels, at least
 COLOURS = np.array(  # of Okabe and Ito, which colour-blind people can tell apart
@@ -97,7 +97,7 @@ def overlay_picture(
     return np.concatenate(pictures, 1)
 
 
-class SaveOverlayd(MapTransform):
+class SaveImageOverlayd(MapTransform):
     """Write one PNG per case that shows its segmentation, see `overlay_picture`.
 
     Volumes that know their affine are shown in RAS, with their spacing. Files are named as
@@ -158,6 +158,6 @@ class SaveOverlayd(MapTransform):
         path = str(self.layout.filename(**name))
         with tempfile.TemporaryDirectory(prefix=".overlay_", dir=os.path.dirname(path)) as folder:
             temporary = os.path.join(folder, "overlay.png")
-            optional_import("PIL.Image")[0].fromarray(picture).save(temporary)
+            Image.fromarray(picture).save(temporary)
             os.replace(temporary, path)
         return data

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from mednca_monai.network import check_int
+from mednca_monai.checks import check_int
 
 Array = NDArray[np.float64]
 

@@ -1,8 +1,5 @@
 """Patches, tiles and ensembles: each is measured against the whole image."""
 
-import sys
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
@@ -282,9 +279,7 @@ def test_progress_counts_the_tiles(make_network, monkeypatch):
         counted.append((len(tiles), desc))
         return tiles
 
-    module = ModuleType("tqdm")
-    module.tqdm = tqdm
-    monkeypatch.setitem(sys.modules, "tqdm", module)
+    monkeypatch.setattr("mednca_monai.inferers.tqdm", tqdm)
     network, image = make_network(2), make_image([13, 11])
     logits = TiledInferer(6, progress=True)(image, network)
     assert counted == [(6, "tiles")]
@@ -373,7 +368,7 @@ def test_runs_that_agree_have_no_spread(make_network, spatial_dims, size):
 def test_the_quality_metric_survives_an_image_that_is_all_background():
     class Background:
         def __call__(self, image, seed):
-            foreground = -30 - image.mul(seed.view(-1, 1, 1, 1))
+            foreground = -200 - image.mul(seed.view(-1, 1, 1, 1))
             return torch.cat([torch.zeros_like(image), foreground], 1)
 
     image = torch.rand(2, 1, 8, 8)
@@ -412,6 +407,25 @@ def test_patches_that_do_not_fit_are_refused(make_network, roi_size, message):
         RandomPatchInferer(roi_size)(image, make_network(2))
     with pytest.raises(ValueError, match=message):
         RandomPatchBatch(roi_size)({"image": image, "label": image})
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ([[0, 0], [5, 0]], r"`patch_start` must be from 0 to \[4, 6\], got"),
+        ([[0, 0], [0, -1]], r"`patch_start` must be from 0 to \[4, 6\], got"),
+        ([[0.0, 0.0], [1.0, 1.0]], r"`patch_start` must be int64 of shape \[2, 2\], got torch.flo"),
+        ([[0, 0]], r"`patch_start` must be int64 .* got torch.int64 of shape \[1, 2\]\."),
+    ],
+)
+def test_patches_that_start_outside_are_refused(make_network, start, message):
+    with pytest.raises(ValueError, match=message):
+        RandomPatchInferer(4)(make_image([8, 10]), make_network(2), patch_start=torch.tensor(start))
+
+
+def test_patches_of_images_that_the_network_does_not_take_are_refused(make_network):
+    with pytest.raises(ValueError, match=r"`image` must have 4 axes"):
+        RandomPatchInferer(4)(make_image([8, 10, 6]), make_network(2))
 
 
 @pytest.mark.parametrize(

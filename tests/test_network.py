@@ -1,5 +1,6 @@
 """The pyramid: laws that every network keeps, numbers, seeds, types, export and wrong arguments."""
 
+import warnings
 from itertools import product
 
 import numpy as np
@@ -345,6 +346,9 @@ def test_weights_make_a_round_trip(make_network, spatial_dims, settings, tmp_pat
     ("arguments", "message"),
     [
         ({"spatial_dims": 1}, r"`spatial_dims` must be 2 or 3, got 1\."),
+        ({"spatial_dims": 2.0}, r"`spatial_dims` must be 2 or 3, got 2\.0\."),
+        ({"fire_rate": "a"}, r"`fire_rate` must be in \(0, 1\], got 'a'\."),
+        ({"norm": ("batch", {"x": 1})}, r"`norm` must be a MONAI normalisation, got \('batch'"),
         ({"in_channels": 0}, r"`in_channels` must be an integer of at least 1, got 0\."),
         ({"in_channels": 1.0}, r"`in_channels` must be an integer of at least 1, got 1\.0\."),
         ({"out_channels": 0}, r"`out_channels` must be an integer of at least 1, got 0\."),
@@ -401,3 +405,17 @@ def test_a_network_refuses_wrong_arguments(arguments, message):
 def test_forward_refuses_wrong_arguments(make_network, image, seed, message):
     with pytest.raises(ValueError, match=message):
         make_network(2).float()(image, seed)
+
+
+def test_an_exported_onnx_graph_gives_the_same_logits(make_network, spatial_dims, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network = make_network(spatial_dims, steps=2).float().eval()
+    image = torch.rand([1, network.in_channels, 9, 7, 6][: 2 + spatial_dims])
+    path = tmp_path / "network.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        torch.onnx.export(network, (image,), path, opset_version=18, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.no_grad():
+        assert_close(torch.from_numpy(logits), network(image), rtol=0, atol=1e-5)

@@ -7,7 +7,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientationd, SaveImage
 from PIL import Image
 
-from mednca_monai.pictures import COLOURS, SaveOverlayd, overlay_picture
+from mednca_monai.pictures import COLOURS, SaveImageOverlayd, overlay_picture
 
 
 def marked(shape, *places):
@@ -161,7 +161,7 @@ def data():
 @pytest.mark.parametrize("separate_folder", [True, False])
 def test_files_are_named_as_saved_images_are(separate_folder, data, tmp_path):
     arguments = {"output_postfix": "seen", "separate_folder": separate_folder}
-    SaveOverlayd("pred", "image", tmp_path / "png", **arguments)(data)
+    SaveImageOverlayd("pred", "image", tmp_path / "png", **arguments)(data)
     SaveImage(tmp_path / "nii", output_ext=".nii", print_log=False, **arguments)(data["pred"])
     (png,) = (tmp_path / "png").rglob("*.*")
     (nii,) = (tmp_path / "nii").rglob("*.*")
@@ -175,7 +175,7 @@ def test_the_first_channel_is_shown_with_the_spacing_of_the_voxels(
     axis, data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "of another disk"))
-    SaveOverlayd("pred", "image", tmp_path, separate_folder=False, axis=axis)(data)
+    SaveImageOverlayd("pred", "image", tmp_path, separate_folder=False, axis=axis)(data)
     picture = overlay_picture(data["image"][0], data["pred"][0], axis, spacing=[3, 1, 2])
     np.testing.assert_array_equal(Image.open(tmp_path / "case_1_overlay.png"), picture)
 
@@ -183,7 +183,7 @@ def test_the_first_channel_is_shown_with_the_spacing_of_the_voxels(
 def test_data_passes_unchanged(data, tmp_path):
     data = Orientationd(["image", "pred"], "SPL", labels=None)(data)
     before = {key: (value.clone(), value.affine.clone()) for key, value in data.items()}
-    after = SaveOverlayd("pred", "image", tmp_path)(data)
+    after = SaveImageOverlayd("pred", "image", tmp_path)(data)
     assert after is data
     for key, (value, affine) in before.items():
         assert torch.equal(after[key], value)
@@ -194,11 +194,11 @@ def test_data_passes_unchanged(data, tmp_path):
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("axcodes", ["LPS", "SAR", "PIR"])
 def test_a_volume_looks_the_same_in_any_orientation(axcodes, plain, data, tmp_path):
-    SaveOverlayd("pred", "image", tmp_path / "one", separate_folder=False)(data)
+    SaveImageOverlayd("pred", "image", tmp_path / "one", separate_folder=False)(data)
     data = Orientationd(["image", "pred"], axcodes, labels=None)(data)
     if plain:
         data["pred"] = data["pred"].as_tensor()
-    SaveOverlayd("pred", "image", tmp_path / "two", separate_folder=False)(data)
+    SaveImageOverlayd("pred", "image", tmp_path / "two", separate_folder=False)(data)
     one, two = (tmp_path / name / "case_1_overlay.png" for name in ("one", "two"))
     np.testing.assert_array_equal(Image.open(one), Image.open(two))
 
@@ -208,7 +208,7 @@ def test_a_volume_looks_the_same_in_any_orientation(axcodes, plain, data, tmp_pa
 def test_cases_without_a_file_name_are_counted(kind, shape, tmp_path):
     image = ramp((3, *shape))
     data = {"image": kind(image), "pred": kind(np.zeros((1, *shape), np.float32))}
-    save = SaveOverlayd("pred", "image", tmp_path, separate_folder=False)
+    save = SaveImageOverlayd("pred", "image", tmp_path, separate_folder=False)
     save(save(data))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0_overlay.png", "1_overlay.png"]
     picture = overlay_picture(image[0], np.zeros(shape))
@@ -221,7 +221,7 @@ def test_a_failure_leaves_the_older_picture_alone(data, tmp_path, monkeypatch):
             file.write("half")
         raise OSError("disk full")
 
-    save = SaveOverlayd("pred", "image", tmp_path, separate_folder=False)
+    save = SaveImageOverlayd("pred", "image", tmp_path, separate_folder=False)
     save(data)
     before = (tmp_path / "case_1_overlay.png").read_bytes()
     monkeypatch.setattr(Image.Image, "save", fail)
@@ -233,11 +233,11 @@ def test_a_failure_leaves_the_older_picture_alone(data, tmp_path, monkeypatch):
 
 def test_several_keys_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`keys` must be one key, got \('pred', 'label'\)"):
-        SaveOverlayd(["pred", "label"], "image", tmp_path)
+        SaveImageOverlayd(["pred", "label"], "image", tmp_path)
 
 
 def test_one_hot_segmentations_are_refused(data, tmp_path):
     data["pred"] = data["pred"].repeat(3, 1, 1, 1)
     with pytest.raises(ValueError, match="`pred` must be a label map of 1 channel, got 3"):
-        SaveOverlayd("pred", "image", tmp_path)(data)
+        SaveImageOverlayd("pred", "image", tmp_path)(data)
     assert list(tmp_path.iterdir()) == []

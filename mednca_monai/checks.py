@@ -1,0 +1,29 @@
+"""Checks of arguments, with messages that give argument, rule and value."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``, else raise ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    return value
+
+
+def check_ints(name: str, value: int | Sequence[int], count: int, of: str) -> list[int]:
+    """Return one positive integer for each of ``count`` levels or axes, else raise ValueError."""
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"`{name}` must be one value or one per {of} ({count}), got {value!r}.")
+    return [check_int(name, v, 1) for v in values]
+
+
+def check_finite(inputs: Tensor) -> None:
+    """Raise ValueError where an image holds NaN or infinite values."""
+    finite = inputs.isfinite()
+    if not bool(finite.all()):
+        raise ValueError(
+            f"`inputs` must be finite, got {int((~finite).sum())} NaN or infinite values."
+        )
