@@ -1,0 +1,188 @@
+"""What a stock trainer needs to be reproducible, safe from divergence, and resumable."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.data.utils import set_rnd
+from monai.engines.utils import IterationEvents
+from monai.engines.workflow import Workflow
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class EpochSeed:
+    """Seed torch and the data's random transforms anew in each epoch, from the epoch's number.
+
+    A training that resumes at an epoch then continues as if it had never stopped.
+
+    Args:
+        dataset: whose random transforms are seeded.
+        seed: of the training, any integer.
+    """
+
+    def __init__(self, dataset: object, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Run at the start of each epoch."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed with a number of its own for each training seed, epoch and process."""
+        epoch = self.seed * 1_000_003 + engine.state.epoch
+        seed = epoch * idist.get_world_size() + idist.get_rank()
+        torch.manual_seed(seed)
+        set_rnd(self.dataset, seed)
+
+
+class WeightAveraging:
+    """Average the weights over the iterations.
+
+    Args:
+        network: that is trained.
+        averaged: copy of it whose weights follow; its first update copies them.
+    """
+
+    def __init__(self, network: nn.Module, averaged: AveragedModel) -> None:
+        self.network = network
+        self.averaged = averaged
+
+    def attach(self, engine: Engine) -> None:
+        """Run after each iteration."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Update the averaged weights."""
+        self.averaged.update_parameters(self.network)
+
+
+class DivergenceGuard:
+    """Clip the gradient, and end the training before a loss or gradient that is not finite is used.
+
+    The weights stay as the last finite step left them; the error is a FloatingPointError.
+
+    Args:
+        parameters: of the network.
+        optimizer: whose learning rate the message tells.
+        max_norm: bound of the gradient's 2-norm.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float
+    ) -> None:
+        self.parameters = list(parameters)
+        self.optimizer = optimizer
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Run after each loss and each gradient."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip_gradient)
+
+    def check_loss(self, engine: Engine) -> None:
+        """Raise FloatingPointError where the loss is not finite."""
+        output: Any = engine.state.output
+        self.check(engine, "loss", output["loss"])
+
+    def clip_gradient(self, engine: Engine) -> None:
+        """Clip the gradient; raise FloatingPointError where it is not finite."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        self.check(engine, "gradient", norm)
+
+    def check(self, engine: Engine, what: str, value: torch.Tensor) -> None:
+        """Raise FloatingPointError where ``value`` is not finite."""
+        if not bool(value.isfinite().all()):
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"The {what} is {value.item()} in epoch {engine.state.epoch}, iteration "
+                f"{engine.state.iteration}, at learning rate {rate:g}. "
+                "The last checkpoint holds the last finite state; lower the learning rate."
+            )
+
+
+def save_whole(content: object, path: str) -> None:
+    """Save with ``torch.save``, whole or not at all."""
+    torch.save(content, path + ".part")
+    os.replace(path + ".part", path)
+
+
+class ResumableCheckpoint:
+    """Keep two checkpoints, and resume from the last one when the training is started again.
+
+    ``last.pt`` holds the state of all that training needs, after each epoch; ``best.pt`` is the
+    bare state dict of the model with the best validated key metric. Stock ``CheckpointSaver`` and
+    ``CheckpointLoader`` write in place, so that a kill leaves half a file, cannot hold the best
+    metric so far, and need the trainer that holds them.
+
+    Args:
+        save_dir: folder of both files.
+        save_dict: name and object (with ``state_dict``) of all that training needs but the trainer.
+        model: whose state dict is saved as ``best.pt``.
+        evaluator: runs before this handler and compares its key metric.
+    """
+
+    def __init__(
+        self, save_dir: str, save_dict: Mapping[str, Any], model: nn.Module, evaluator: Workflow
+    ) -> None:
+        self.save_dict = save_dict
+        self.model = model
+        self.evaluator = evaluator
+        self.last = os.path.join(save_dir, "last.pt")
+        self.best = os.path.join(save_dir, "best.pt")
+
+    def attach(self, engine: Engine) -> None:
+        """Restore at the start, save at the end of each epoch."""
+        engine.add_event_handler(Events.STARTED, self.restore)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def restore(self, engine: Engine) -> None:
+        """Continue from ``last.pt`` if there is one.
+
+        Raises:
+            RuntimeError: where it belongs to another network, optimizer or length of training.
+        """
+        if engine.state.iteration > 0 or not os.path.isfile(self.last):
+            return  # a trainer that runs again goes on with what it has
+        device = engine.state.device  # type: ignore[attr-defined]
+        states = torch.load(self.last, map_location=device, weights_only=True)
+        try:
+            for name, item in self.save_dict.items():
+                steps = getattr(item, "total_steps", None)
+                item.load_state_dict(states[name])
+                if getattr(item, "total_steps", None) != steps:
+                    raise ValueError(
+                        f"Its schedule has {item.total_steps} iterations, not {steps}."
+                    )
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise RuntimeError(
+                f"'{self.last}' must belong to this training (network, optimizer, schedule): "
+                f"remove it or train in another folder. {error}"
+            ) from error
+        for name, value in states["trainer"].items():
+            setattr(engine.state, name, value)
+        for name, value in states["evaluator"].items():
+            setattr(self.evaluator.state, name, value)
+        engine.logger.info(f"Resumed from '{self.last}', after epoch {engine.state.epoch}.")
+        if engine.state.epoch >= (engine.state.max_epochs or 0):
+            engine.logger.warning(f"'{self.last}' is of a finished training: nothing to do.")
+
+    def save(self, engine: Engine) -> None:
+        """Save ``last.pt``, and ``best.pt`` where this epoch's validation was the best."""
+        if idist.get_rank() > 0:
+            return
+        os.makedirs(os.path.dirname(self.last), exist_ok=True)
+        best = self.evaluator.state
+        if best.best_metric_epoch == engine.state.epoch:
+            save_whole(self.model.state_dict(), self.best)
+        states = {name: item.state_dict() for name, item in self.save_dict.items()}
+        states["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        states["evaluator"] = {
+            "best_metric": float(best.best_metric),
+            "best_metric_epoch": best.best_metric_epoch,
+        }
+        save_whole(states, self.last)

@@ -1,0 +1,106 @@
+"""Checks of what a bundle reads, and a writer that keeps the shape of what it writes."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from monai.config.type_definitions import KeysCollection
+from monai.data.image_writer import NibabelWriter
+from monai.transforms.transform import MapTransform
+from torch import Tensor
+
+
+class CheckImaged(MapTransform):
+    """Pass images on that a network can segment: right axes and channels, finite, not empty.
+
+    A message names the file of the image.
+
+    Args:
+        keys: of channel-first images, ``(C, *spatial)``.
+        spatial_dims: number of spatial axes they must have; a 2-D network that segments volumes
+            slice by slice is given volumes.
+        in_channels: number of channels they must have.
+    """
+
+    def __init__(self, keys: KeysCollection, spatial_dims: int, in_channels: int) -> None:
+        super().__init__(keys)
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Return ``data`` unchanged.
+
+        Raises:
+            ValueError: where an image breaks a rule.
+        """
+        for key in self.key_iterator(dict(data)):
+            image = data[key]
+            name = getattr(image, "meta", {}).get("filename_or_obj", key)
+            shape = list(image.shape)
+            if image.dim() != self.spatial_dims + 1:
+                axes = f"{self.spatial_dims} spatial axes"
+                raise ValueError(f"`{key}` must have {axes}, got {shape[1:]} in '{name}'.")
+            if image.numel() == 0:
+                raise ValueError(f"`{key}` must not be empty, got {shape} in '{name}'.")
+            if len(image) != self.in_channels:
+                raise ValueError(
+                    f"`{key}` must have {self.in_channels} channels, got {len(image)} in '{name}'."
+                )
+            if not bool(image.isfinite().all()):
+                count = int((~image.isfinite()).sum())
+                raise ValueError(
+                    f"`{key}` must be finite, got {count} NaN or infinite values in '{name}'."
+                )
+        return dict(data)
+
+
+class CheckLabeld(MapTransform):
+    """Pass labels on that fit their image: its size, and class numbers only.
+
+    Args:
+        keys: of labels, ``(1, *spatial)``.
+        image_key: of the image, ``(C, *spatial)``.
+        out_channels: number of classes, background included.
+    """
+
+    def __init__(self, keys: KeysCollection, image_key: str, out_channels: int) -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.out_channels = out_channels
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+        """Return ``data`` unchanged.
+
+        Raises:
+            ValueError: where a label breaks a rule.
+        """
+        for key in self.key_iterator(dict(data)):
+            label = data[key]
+            name = getattr(label, "meta", {}).get("filename_or_obj", key)
+            shape = [1, *data[self.image_key].shape[1:]]
+            if list(label.shape) != shape:
+                found = f"{list(label.shape)} in '{name}'"
+                raise ValueError(f"`{key}` must have the image's size, {shape}, got {found}.")
+            known = (label >= 0) & (label < self.out_channels) & (label == label.round())
+            if not bool(known.all()):
+                raise ValueError(
+                    f"`{key}` must hold integers from 0 to {self.out_channels - 1}, "
+                    f"got {float(label[~known][0])} in '{name}'."
+                )
+        return dict(data)
+
+
+class VolumeWriter(NibabelWriter):
+    """Write NIfTI volumes in their own shape; the stock writer drops a last axis of length 1."""
+
+    @classmethod
+    def convert_to_channel_last(
+        cls,
+        data: Any,
+        channel_dim: int | Sequence[int] | None = 0,
+        squeeze_end_dims: bool = True,
+        spatial_ndim: int | None = 3,
+        contiguous: bool = False,
+    ) -> Any:
+        """Move the channels last as the stock writer does, and drop that axis alone if it is 1."""
+        moved = super().convert_to_channel_last(data, channel_dim, False, spatial_ndim, contiguous)
+        return moved[..., 0] if squeeze_end_dims and moved.shape[-1] == 1 else moved

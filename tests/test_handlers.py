@@ -1,0 +1,309 @@
+import os
+
+import ignite.distributed as idist
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from monai.data import CacheDataset, DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.transforms import Compose, RandGaussianNoised, RandShiftIntensityd
+
+from mednca_monai.handlers import (
+    DivergenceGuard,
+    EpochSeed,
+    ResumableCheckpoint,
+    WeightAveraging,
+)
+
+ITERATIONS = 3  # of an epoch
+
+
+def resume_after(epoch):
+    """Handler that makes an engine start after an epoch."""
+
+    def restore(engine):
+        engine.state.epoch, engine.state.iteration = epoch, epoch * ITERATIONS
+
+    return restore
+
+
+def draws(seed=0, start=0, max_epochs=3):
+    """All that is random in a training: epoch, and of each item noise, shift and torch's draw."""
+    transforms = [RandGaussianNoised("image", prob=1), RandShiftIntensityd("image", 1, prob=1)]
+    items = [{"image": torch.full((1, 2), float(i))} for i in range(ITERATIONS)]
+    dataset = CacheDataset(items, Compose(transforms), progress=False)
+    seen = {}
+
+    def step(engine, batch):
+        values = [*batch["image"].flatten().tolist(), torch.rand(()).item()]
+        seen.setdefault(engine.state.epoch, []).append(values)
+
+    engine = Engine(step)
+    engine.add_event_handler(Events.STARTED, resume_after(start))
+    EpochSeed(dataset, seed).attach(engine)
+    engine.run(DataLoader(dataset, shuffle=True), max_epochs=max_epochs)
+    return seen
+
+
+def test_an_epoch_draws_the_same_whatever_ran_before_it():
+    whole = draws()
+    torch.manual_seed(7)
+    torch.rand(5)
+    resumed = draws(start=1)
+    assert list(resumed) == [2, 3]
+    assert resumed == {epoch: whole[epoch] for epoch in resumed}
+
+
+def test_epochs_seeds_and_processes_draw_differently(monkeypatch):
+    runs = []
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(idist, "get_rank", lambda rank=rank: rank)
+        runs += [draws(seed=0), draws(seed=1)]
+    epochs = [str(sorted(epoch)) for run in runs for epoch in run.values()]
+    assert len(set(epochs)) == len(epochs) == 4 * 3
+
+
+class Line(torch.nn.Module):
+    """One weight, which the losses below pull down by 1 per unit of learning rate."""
+
+    def __init__(self, width=1):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(width))
+
+    def forward(self, inputs):
+        return inputs * 0 + self.weight.sum()
+
+
+class Scripted(Metric):
+    """Key metric whose value in each epoch is given."""
+
+    def __init__(self, scores):
+        self.scores = scores
+        super().__init__()
+
+    def reset(self):
+        pass
+
+    def update(self, output):
+        pass
+
+    def compute(self):
+        return self.scores[self.epoch]
+
+    def attach(self, engine, name):
+        def remember(engine):
+            self.epoch = engine.state.epoch
+
+        engine.add_event_handler(Events.EPOCH_STARTED, remember)
+        super().attach(engine, name)
+
+
+def batches():
+    items = [{"image": torch.ones(1, 2), "label": torch.ones(1, 2)}] * ITERATIONS
+    return DataLoader(Dataset(items))
+
+
+def make_trainer(loss, handlers, network, optimizer, max_epochs=2):
+    return SupervisedTrainer(
+        device="cpu",
+        max_epochs=max_epochs,
+        train_data_loader=batches(),
+        network=network,
+        optimizer=optimizer,
+        loss_function=loss,
+        train_handlers=handlers,
+    )
+
+
+class Losses:
+    """Loss function that is the prediction's mean, times ``factor`` and plus ``more`` later on."""
+
+    def __init__(self, iteration=None, function=None):
+        self.iteration, self.function, self.calls = iteration, function, 0
+
+    def __call__(self, pred, label):
+        self.calls += 1
+        return self.function(pred.mean()) if self.calls == self.iteration else pred.mean()
+
+
+def guarded_training(loss, max_norm=1.0):
+    network = Line()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    guard = DivergenceGuard(network.parameters(), optimizer, max_norm)
+    return network, make_trainer(loss, [guard], network, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (lambda mean: mean * torch.nan, "loss is nan"),
+        (lambda mean: mean + torch.inf, "loss is inf"),
+        (lambda mean: (mean * 0).sqrt(), "gradient is nan"),
+        (lambda mean: (mean - mean.detach()).sqrt(), "gradient is inf"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_training_before_it_is_used(function, what):
+    network, trainer = guarded_training(Losses(5, function))
+    with pytest.raises(
+        FloatingPointError, match=f"The {what} in epoch 2, iteration 5, at learning rate 0.5"
+    ):
+        trainer.run()
+    assert network.weight.tolist() == pytest.approx([-2.0])
+
+
+@pytest.mark.parametrize(("max_norm", "weight"), [(0.25, -0.75), (10.0, -3.0)])
+def test_the_gradient_is_clipped_to_its_largest_norm(max_norm, weight):
+    network, trainer = guarded_training(Losses(), max_norm)
+    trainer.run()
+    assert network.weight.tolist() == pytest.approx([weight], rel=1e-5)
+
+
+def resumable_training(folder, scores, max_epochs, interval=1, width=1):
+    """A stock trainer whose weight is minus the number of epochs, and its parts."""
+    network = Line(width)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1 / ITERATIONS, momentum=0.0)
+    evaluator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=batches(),
+        network=network,
+        key_val_metric={"score": Scripted(scores)},
+    )
+    checkpoint = ResumableCheckpoint(
+        str(folder), {"model": network, "optimizer": optimizer}, network, evaluator
+    )
+    trainer = make_trainer(Losses(), [], network, optimizer, max_epochs)
+    validate = Events.EPOCH_COMPLETED(every=interval)
+    trainer.add_event_handler(validate, lambda engine: evaluator.run(engine.state.epoch))
+    checkpoint.attach(trainer)
+    return network, evaluator, trainer
+
+
+def train(folder, scores, max_epochs, **options):
+    network, evaluator, trainer = resumable_training(folder, scores, max_epochs, **options)
+    trainer.run()
+    return network, evaluator, trainer
+
+
+def weight(path):
+    states = torch.load(path, weights_only=True)
+    return round(states.get("model", states)["weight"].item(), 4)
+
+
+def best_and_last(folder):
+    return weight(folder / "best.pt"), weight(folder / "last.pt")
+
+
+SCORES = dict(enumerate([0.1, 0.5, 0.3, 0.4, 0.6, 0.2], 1))
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "interval", "best"),
+    [(1, 1, 1), (2, 1, 2), (3, 1, 2), (4, 1, 2), (5, 1, 5), (6, 1, 5), (5, 2, 2), (5, 3, 3)],
+)
+def test_the_best_checkpoint_is_of_the_validation_with_the_best_metric(
+    tmp_path, max_epochs, interval, best
+):
+    train(tmp_path, SCORES, max_epochs, interval=interval)
+    assert best_and_last(tmp_path) == (-best, -max_epochs)
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_training_that_resumes_ends_as_if_it_had_never_stopped(tmp_path, stop):
+    train(tmp_path / "once", SCORES, 6)
+    train(tmp_path / "twice", SCORES, stop)
+    _, evaluator, trainer = train(tmp_path / "twice", SCORES, 6)
+    assert best_and_last(tmp_path / "twice") == best_and_last(tmp_path / "once") == (-5, -6)
+    assert (trainer.state.epoch, trainer.state.iteration) == (6, 6 * ITERATIONS)
+    assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (0.6, 5)
+    states = [torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("once", "twice")]
+    for name in ("trainer", "evaluator"):
+        assert states[0][name] == states[1][name]
+
+
+def test_a_finished_training_that_is_started_again_changes_nothing(tmp_path):
+    train(tmp_path, SCORES, 3)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    network, *_ = train(tmp_path, SCORES, 3)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert round(network.weight.item(), 4) == -3
+
+
+def test_best_is_a_bare_state_dict_for_the_network(tmp_path):
+    train(tmp_path, SCORES, 1)
+    network = Line()
+    network.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True))
+    assert round(network.weight.item(), 4) == -1
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, name):
+    train(tmp_path, SCORES, 1)
+    save = torch.save
+
+    def killed(content, path):
+        if name in str(path):
+            with open(path, "wb") as file:
+                file.write(b"half a file")
+            raise KeyboardInterrupt
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, SCORES, 2)
+    assert weight(tmp_path / name) == -1
+    monkeypatch.undo()
+    train(tmp_path, SCORES, 3)
+    assert best_and_last(tmp_path) == (-2, -3)
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+
+
+def test_of_several_processes_only_the_first_one_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(idist, "get_rank", lambda: 1)
+    train(tmp_path, SCORES, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_network_is_refused_and_kept(tmp_path):
+    train(tmp_path, SCORES, 1)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(RuntimeError, match=r"(?s)must belong to this training .*\tsize mismatch"):
+        train(tmp_path, SCORES, 2, width=2)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_trainer_that_runs_again_keeps_its_weights(tmp_path):
+    network, _, trainer = train(tmp_path, SCORES, 1)
+    with torch.no_grad():
+        network.weight.fill_(100)
+    trainer.state.max_epochs = 2
+    trainer.run()
+    assert weight(tmp_path / "last.pt") == 99
+
+
+def test_a_schedule_of_another_length_is_refused(tmp_path):
+    def schedule(total_steps):
+        optimizer = torch.optim.SGD(Line().parameters(), lr=1)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1, total_steps)
+
+    _, evaluator, trainer = resumable_training(tmp_path, SCORES, 1)
+    save = {"schedule": schedule(5)}
+    ResumableCheckpoint(str(tmp_path), save, Line(), evaluator).save(trainer)
+    restore = ResumableCheckpoint(str(tmp_path), {"schedule": schedule(7)}, Line(), evaluator)
+    with pytest.raises(RuntimeError, match="Its schedule has 5 iterations, not 7"):
+        restore.restore(trainer)
+
+
+def test_averaged_weights_start_as_the_first_ones_and_follow_slowly():
+    network = Line()
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
+    averaged = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=average)
+    values = []
+    for value in (4.0, 8.0):
+        with torch.no_grad():
+            network.weight.fill_(value)
+        WeightAveraging(network, averaged)(None)
+        values.append(averaged.module.weight.item())
+    assert values == [4.0, 5.0]

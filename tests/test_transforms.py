@@ -1,0 +1,104 @@
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SaveImage
+
+from mednca_monai.transforms import CheckImaged, CheckLabeld, VolumeWriter
+
+
+def image(*shape, value=1.0):
+    tensor = torch.ones(shape)
+    if tensor.numel():
+        tensor.flatten()[-1] = value
+    return MetaTensor(tensor, meta={"filename_or_obj": "scans/patient_7.nii.gz"})
+
+
+def test_a_good_image_passes_unchanged_and_other_keys_are_not_looked_at():
+    data = {"image": image(2, 3, 4, 5), "label": image(1, 3, value=torch.nan), "name": "x"}
+    checked = CheckImaged("image", spatial_dims=3, in_channels=2)(data)
+    assert checked.keys() == data.keys()
+    assert all(checked[key] is data[key] for key in data)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (image(1, 3, 4), "must have 2 channels, got 1"),
+        (image(3, 3, 4), "must have 2 channels, got 3"),
+        (image(2, 3, 4, 5), r"must have 2 spatial axes, got \[3, 4, 5\]"),
+        (image(2, 3), r"must have 2 spatial axes, got \[3\]"),
+        (image(2, 0, 4), r"must not be empty, got \[2, 0, 4\]"),
+        (image(0, 3, 4), r"must not be empty, got \[0, 3, 4\]"),
+        (image(2, 3, 4, value=torch.nan), "must be finite, got 1 NaN or infinite values"),
+        (image(2, 3, 4, value=torch.inf), "must be finite, got 1 NaN or infinite values"),
+        (image(2, 3, 4, value=-torch.inf), "must be finite, got 1 NaN or infinite values"),
+    ],
+)
+def test_an_image_that_a_network_cannot_segment_is_refused_with_its_files_name(wrong, message):
+    check = CheckImaged(["image", "second"], spatial_dims=2, in_channels=2)
+    for key in ("image", "second"):
+        data = {"image": image(2, 3, 4), "second": image(2, 3, 4), key: wrong}
+        with pytest.raises(ValueError, match=f"^`{key}` {message} in 'scans/patient_7.nii.gz'"):
+            check(data)
+
+
+def test_an_image_without_a_file_is_named_by_its_key():
+    with pytest.raises(ValueError, match="got 1 in 'image'"):
+        CheckImaged("image", spatial_dims=2, in_channels=2)({"image": torch.ones(1, 3, 4)})
+
+
+def test_integers_are_finite():
+    data = {"image": torch.ones(1, 3, 4, dtype=torch.int16)}
+    assert CheckImaged("image", spatial_dims=2, in_channels=1)(data) == data
+
+
+@pytest.mark.parametrize(
+    ("shape", "saved"),
+    [
+        ((1, 3, 4, 5), (3, 4, 5)),
+        ((1, 3, 4, 1), (3, 4, 1)),
+        ((1, 3, 1, 1), (3, 1, 1)),
+        ((1, 1, 4, 5), (1, 4, 5)),
+        ((2, 3, 4, 1), (3, 4, 1, 2)),
+    ],
+)
+def test_a_volume_is_written_in_its_own_shape_and_place(tmp_path, shape, saved):
+    volume, affine = torch.rand(shape), np.diag([1.0, -2.0, 3.0, 1.0])
+    writer = SaveImage(
+        tmp_path, "seg", ".nii.gz", writer=VolumeWriter, separate_folder=False, resample=False
+    )
+    writer(MetaTensor(volume, affine=affine, meta={"filename_or_obj": "scan.nii.gz"}))
+    written = nibabel.load(tmp_path / "scan_seg.nii.gz")
+    assert written.shape == saved
+    np.testing.assert_array_equal(written.affine, affine)
+    expected = volume.movedim(0, -1).reshape(saved).numpy()
+    np.testing.assert_array_equal(np.asarray(written.dataobj), expected)
+
+
+def test_the_axis_of_one_channel_is_kept_where_it_is_asked_for():
+    moved = VolumeWriter.convert_to_channel_last(torch.rand(1, 3, 4, 1), squeeze_end_dims=False)
+    assert moved.shape == (3, 4, 1, 1)
+
+
+def test_a_good_label_passes_unchanged():
+    data = {"image": image(3, 4, 5), "label": image(1, 4, 5, value=2)}
+    assert CheckLabeld("label", "image", out_channels=3)(data)["label"] is data["label"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (image(1, 4, 6), r"must have the image's size, \[1, 4, 5\], got \[1, 4, 6\]"),
+        (image(2, 4, 5), r"must have the image's size, \[1, 4, 5\], got \[2, 4, 5\]"),
+        (image(1, 4, 5, value=3), r"must hold integers from 0 to 2, got 3\.0"),
+        (image(1, 4, 5, value=-1), r"must hold integers from 0 to 2, got -1\.0"),
+        (image(1, 4, 5, value=0.5), r"must hold integers from 0 to 2, got 0\.5"),
+        (image(1, 4, 5, value=torch.nan), r"must hold integers from 0 to 2, got nan"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_refused_with_its_files_name(wrong, message):
+    data = {"image": image(3, 4, 5), "label": wrong}
+    with pytest.raises(ValueError, match=f"^`label` {message} in 'scans/patient_7.nii.gz'"):
+        CheckLabeld("label", "image", out_channels=3)(data)
