@@ -1,0 +1,339 @@
+"""The bundle's configs as they stand, without a run: what other software reads off them."""
+
+import copy
+import hashlib
+import json
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import monai.bundle
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
+from monai.data import load_net_with_metadata
+from monai.utils import BundlePropertyConfig
+
+from mednca_monai import MedNCA
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "bundle" / "configs"
+WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
+ALONE = ["inference.json", "metadata.json", "split.json", "train.json"]
+# what an overlay is laid over; train.json, where it is not named here
+BASES = {"multi_gpu_evaluate.json": ["train.json", "evaluate.json"]}
+OVERLAYS = sorted(path.name for path in CONFIGS.glob("*.json") if path.name not in ALONE)
+
+
+def read(name):
+    return json.loads((CONFIGS / name).read_text(encoding="utf-8"))
+
+
+def base_of(overlay):
+    return BASES.get(overlay, ["train.json"])
+
+
+def parse(*names, **overrides):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in names])
+    parser.update(overrides)
+    return parser
+
+
+def parts(content, place=""):
+    """All dictionaries, lists and values of a config, with their ids."""
+    yield place, content
+    pairs = content.items() if isinstance(content, dict) else []
+    pairs = enumerate(content) if isinstance(content, list) else pairs
+    for key, value in pairs:
+        yield from parts(value, f"{place}#{key}".removeprefix("#"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _logging():
+    """MONAI's workflows set up the root logger."""
+    root = logging.getLogger()
+    before = root.level, root.handlers[:]
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.json")))
+def test_json_is_indented_by_four_spaces_and_ends_with_a_newline(name):
+    text = (CONFIGS / name).read_text(encoding="utf-8")
+    assert text == json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
+
+
+def test_training_and_inference_share_all_that_both_of_them_name():
+    train, inference = read("train.json"), read("inference.json")
+    own = {"imports", "initialize", "run"}
+    shared = train.keys() & inference.keys() - own
+    assert shared >= {"network_def", "network", "image_size", "in_channels", "out_channels"}
+    assert {key: train[key] for key in shared} == {key: inference[key] for key in shared}
+    assert train["validate"]["inferer"] == inference["inferer"]
+
+
+def on_image(transform):
+    """Arguments of a transform of the image, with those of the label cut away."""
+    transform = copy.deepcopy(transform)
+    if transform["keys"] == ["image", "label"]:
+        transform["keys"] = "image"
+        if isinstance(transform.get("mode"), list):
+            transform["mode"] = transform["mode"][0]
+    return transform
+
+
+def test_training_validation_and_inference_prepare_the_image_alike():
+    train, inference = read("train.json"), read("inference.json")
+    expected = inference["preprocessing"]["transforms"]
+    assert all(transform["keys"] == "image" for transform in expected)
+    for transforms in (
+        train["train"]["deterministic_transforms"],
+        train["validate"]["preprocessing"]["transforms"],
+    ):
+        on_images = [t for t in transforms if "image" in t["keys"]]
+        assert [on_image(transform) for transform in on_images] == expected
+
+
+@pytest.mark.parametrize("name", ["train.json", "inference.json", *OVERLAYS])
+def test_custom_components_are_found_through_the_code_path(name):
+    content = read(name)
+    custom = [
+        part
+        for _, part in parts(content)
+        if isinstance(part, dict) and "mednca_monai" in str(part.get("_target_", ""))
+    ]
+    assert all(part["_requires_"] == "@code_path" for part in custom)
+    assert custom or name not in ("train.json", "inference.json")
+    # its import comes before the path is known
+    assert not re.search(r"import\s+mednca_monai", json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["train.json", "inference.json", *OVERLAYS])
+def test_configs_refer_only_to_ids_that_exist(name):
+    files = [name] if name in ALONE else [*base_of(name), name]
+    parser = parse(*files)
+    texts = [value for _, value in parts(read(name)) if isinstance(value, str)]
+    found = {
+        reference
+        for text in texts
+        if text.startswith(("@", "$"))
+        for reference in re.findall(r"@(\w+(?:#\w+)*)", text)
+    }
+    assert {reference for reference in found if reference not in parser} == set()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_change_what_exists_or_add_what_is_used(name):
+    base, overlay = parse(*base_of(name)), read(name)
+    text = json.dumps(overlay)
+    for key in overlay:
+        parent = key.rpartition("#")[0]
+        used = f"@{key}" in text or parent in base or key == "evaluating"
+        assert key in base or used, key
+
+
+@pytest.mark.parametrize("name", ["multi_gpu_train.json", "multi_gpu_evaluate.json"])
+def test_on_several_gpus_only_the_first_one_writes(name):
+    parser = parse(*base_of(name), name)
+    silent = {"StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler"}
+    for place in ("train#handlers", "validate#handlers"):
+        for handler in parser[place]:
+            if place == "train#handlers" and "evaluate" in name:
+                continue
+            disabled = handler.get("_disabled_", "")
+            assert ("get_rank() > 0" in disabled) == (handler["_target_"] in silent)
+
+
+def test_metadata_follows_the_schema(shared):
+    schema = shared / "reference" / "meta_schema_20240725.json"
+    if not schema.is_file():
+        pytest.skip(f"no {schema}")
+    assert read("metadata.json")["schema"].endswith(schema.name)
+    checksum = hashlib.md5(schema.read_bytes()).hexdigest()
+    monai.bundle.verify_metadata(
+        str(CONFIGS / "metadata.json"), filepath=str(schema), hash_val=checksum
+    )
+
+
+def test_metadata_describes_the_configs():
+    meta, train = read("metadata.json"), read("train.json")
+    assert meta["version"] in meta["changelog"]
+    image = meta["network_data_format"]["inputs"]["image"]
+    pred = meta["network_data_format"]["outputs"]["pred"]
+    assert image["num_channels"] == train["in_channels"]
+    assert pred["num_channels"] == train["out_channels"] == len(train["label_names"])
+    assert list(pred["channel_def"].values()) == train["label_names"]
+    assert len(image["spatial_shape"]) == train["network_def"]["spatial_dims"]
+
+
+@pytest.fixture
+def _monai_warns():
+    """MONAI warns that a config may run any code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "parsing config_file", UserWarning)
+        yield
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two cases, one of each part."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for name in ("a", "b"):
+        image = nibabel.Nifti1Image(rng.normal(size=(3, 4, 5)).astype(np.float32), np.eye(4))
+        label = nibabel.Nifti1Image(rng.integers(0, 3, (3, 4, 5)).astype(np.uint8), np.eye(4))
+        nibabel.save(image, tmp_path / f"{name}.nii.gz")
+        nibabel.save(label, tmp_path / f"{name}_label.nii.gz")
+        cases.append({"image": f"{name}.nii.gz", "label": f"{name}_label.nii.gz"})
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": cases}))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("_monai_warns")
+@pytest.mark.parametrize(
+    ("files", "workflow_type", "properties"),
+    [
+        (["train.json"], "train", TrainProperties),
+        (["train.json", "evaluate.json"], "train", TrainProperties),
+        (["inference.json"], "infer", InferProperties),
+    ],
+    ids=["train", "evaluate", "inference"],
+)
+def test_a_workflow_has_all_properties_that_monai_knows(
+    files, workflow_type, properties, dataset, tmp_path
+):
+    workflow = ConfigWorkflow(
+        [str(CONFIGS / name) for name in files],
+        workflow_type=workflow_type,
+        logging_file=False,
+        bundle_root=str(ROOT / "bundle"),
+        output_dir=str(tmp_path / "output"),
+        dataset_dir=str(dataset),
+        device="cpu",
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    for name, description in {**properties, **MetaProperties}.items():
+        assert description[BundlePropertyConfig.ID] in workflow.parser, name
+        assert getattr(workflow, name) is not None or name == "key_metric"
+    workflow.finalize()
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_the_network_takes_and_gives_what_the_metadata_says(size):
+    monai.bundle.verify_net_in_out(
+        "network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / "inference.json"),
+        n=size,
+        device="cpu",
+    )
+
+
+def numpy_preprocessing(volume, affine, size):
+    """Orientation, percentile scaling and linear resizing without MONAI, ``(x, y, z)``."""
+    turn = nibabel.io_orientation(affine)
+    image = nibabel.apply_orientation(volume, turn).astype(np.float64)
+    low, high = np.percentile(image, [0.5, 99.5])
+    image = ((image - low) / (high - low)).clip(0, 1)
+    for axis, (old, new) in enumerate(zip(image.shape, size, strict=True)):
+        place = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
+        below = np.floor(place).astype(int)
+        above = np.minimum(below + 1, old - 1)
+        share = np.expand_dims(place - below, [a for a in range(3) if a != axis])
+        image = image.take(below, axis) * (1 - share) + image.take(above, axis) * share
+    return image
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 11), (5, 40, 3), (1, 6, 1)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[-1, 0, 0], [0, -1, 0], [0, 0, 1]],
+        [[0, 0.1, -2], [-0.5, 0, 0], [0.1, 1, 0]],
+    ],
+    ids=["RAS", "LPS", "PSL oblique"],
+)
+def test_preprocessing_is_what_numpy_makes_of_it(tmp_path, axes, shape):
+    affine = np.eye(4)
+    affine[:3, :3] = axes
+    volume = np.random.default_rng(0).gamma(2, 100, shape).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / "scan.nii.gz")
+    parser = parse("inference.json", bundle_root=str(tmp_path))
+    prepare = parser.get_parsed_content("preprocessing")
+    image = prepare({"image": str(tmp_path / "scan.nii.gz")})["image"]
+
+    first = nibabel.apply_orientation(volume, nibabel.io_orientation(affine)).shape[0]
+    expected = numpy_preprocessing(volume, affine, [first, *read("inference.json")["image_size"]])
+    np.testing.assert_allclose(image[0].numpy(), expected, rtol=0, atol=1e-5)
+
+
+def random_network(steps=16):
+    """The bundle's network with weights that no training leaves: it tells its classes apart."""
+    settings = {
+        key: value
+        for key, value in read("inference.json")["network_def"].items()
+        if not key.startswith("_") and not str(value).startswith("@")
+    }
+    network = MedNCA(in_channels=1, out_channels=3, **{**settings, "steps": steps})
+    for level in network.levels:
+        torch.nn.init.normal_(level.update.weight, std=0.1)
+    return network.eval()
+
+
+def shipped_weights():
+    if not WEIGHTS.is_file():
+        pytest.skip(f"no {WEIGHTS.relative_to(ROOT)} yet")
+    return torch.load(WEIGHTS, weights_only=True)
+
+
+@pytest.mark.parametrize("weights", ["shipped", "random"])
+def test_the_exported_model_gives_the_networks_logits(tmp_path, weights):
+    network = random_network()
+    if weights == "shipped":
+        network.load_state_dict(shipped_weights())
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    monai.bundle.ckpt_export(
+        "network_def",
+        filepath=str(tmp_path / "model.ts"),
+        ckpt_file=str(tmp_path / "model.pt"),
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / "inference.json"),
+    )
+    exported, meta, _ = load_net_with_metadata(str(tmp_path / "model.ts"))
+    assert meta["version"] == read("metadata.json")["version"]
+    for image in (torch.rand(2, 1, 64, 48), torch.rand(1, 1, 5, 70)):
+        with torch.no_grad():
+            logits, expected = exported(image), network(image)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_monai_warns")
+@pytest.mark.parametrize("workflow_type", ["train", "inference"])
+@pytest.mark.parametrize("weights", ["shipped", "random"])
+def test_monai_loads_the_network_with_its_weights(tmp_path, monkeypatch, weights, workflow_type):
+    folder, state = ROOT / "bundle", {}
+    if weights == "shipped":
+        state = shipped_weights()
+    else:
+        folder, state = tmp_path / "bundle", random_network().state_dict()
+        (folder / "models").mkdir(parents=True)
+        torch.save(state, folder / "models" / "model.pt")
+        (folder / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    network = monai.bundle.load(
+        folder.name, bundle_dir=folder.parent, workflow_type=workflow_type, device="cpu"
+    )
+    assert isinstance(network, MedNCA)
+    loaded = network.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(loaded[key].equal(state[key]) for key in state)
+    assert any(value.count_nonzero() for key, value in state.items() if "update" in key)
