@@ -17,6 +17,7 @@ import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.swa_utils import AveragedModel
 
 from mednca_monai import MedNCA
 from mednca_monai.data import case_name
@@ -156,6 +157,7 @@ def read_table(output):
     """Scores of each case."""
     with open(output / "evaluation" / "cases.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    assert len({row["case"] for row in rows}) == len(rows)
     return {row.pop("case"): {key: float(value) for key, value in row.items()} for row in rows}
 
 
@@ -221,7 +223,9 @@ def test_training_keeps_the_best_and_the_last_state(trained):
     assert list(states) == ["best.pt", "last.pt"]
     network = MedNCA(2, 1, 3, num_channels=CHANNELS, hidden_size=64, steps=STEPS)
     network.load_state_dict(states["best.pt"])
-    network.load_state_dict(states["last.pt"]["ema"])
+    averaged = AveragedModel(network)
+    averaged.load_state_dict(states["last.pt"]["ema"])
+    assert averaged.n_averaged == 24
     assert states["last.pt"]["trainer"] == {"epoch": 12, "iteration": 24}
     assert states["last.pt"]["evaluator"]["best_metric"] > 0.2
 
@@ -265,7 +269,7 @@ def test_evaluation_scores_the_validation_part_with_the_best_state(
     with open(tmp_path / "evaluation" / "summary.csv", newline="") as file:
         summary = {row["metric"]: row for row in csv.DictReader(file)}
     assert list(summary) == [
-        f"val_{measure}_{part}"
+        f"{measure}_{part}"
         for measure in ("dice", "hd95", "surface_dice")
         for part in ("anterior", "posterior", "whole")
     ]
@@ -370,7 +374,7 @@ def test_a_users_own_data_need_no_more_than_their_description(succeed, tmp_path)
     table = read_table(output)
     assert list(table) == ["patient a", "patient f"]
     assert list(table["patient a"]) == [
-        f"val_{measure}_lesion" for measure in ("dice", "hd95", "surface_dice")
+        f"{measure}_lesion" for measure in ("dice", "hd95", "surface_dice")
     ]
     assert table["patient a"]["dice_lesion"] > 0.2
     succeed("inference", "inference", **settings, **FAST)

@@ -238,6 +238,42 @@ def test_cases_must_differ_in_their_names(tmp_path):
         list_images(folder)
 
 
+@pytest.mark.parametrize("case", ["image.nii", {"image": "image.nii"}, {"label": "label.nii"}])
+def test_a_case_must_have_image_and_label(tmp_path, case):
+    folder = make_dataset(tmp_path / "dataset", training=[case])
+    with pytest.raises(ValueError, match=r"`dataset.json` must give each case image and label"):
+        load_datalist(folder, None, "all")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"split.json' must be JSON, got: Expecting"),
+        ("[]", r"split.json' must hold a JSON object, got list"),
+        ('{"training": []}', r"`split_file` must list 'training' and 'validation', got \['train"),
+        (
+            '{"training": ["a"], "validation": ["a", "b"]}',
+            r"name each case once, got twice \['a'\]",
+        ),
+    ],
+)
+def test_a_split_file_must_list_each_case_in_one_part(dataset, tmp_path, text, message):
+    split = tmp_path / "split.json"
+    split.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_datalist(dataset, split, "training")
+
+
+def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path, download):
+    download(None)
+    folder = tmp_path / TASK
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match="Point `dataset_dir` to"):
+        load_datalist(folder, None, "all")
+    assert (folder / "notes.txt").is_file()
+
+
 @pytest.mark.parametrize("kind", ["empty folder", "empty list", "missing file"])
 def test_there_must_be_an_image(tmp_path, kind):
     paths = {"empty folder": tmp_path, "empty list": [], "missing file": [str(tmp_path / "x.nii")]}

@@ -223,10 +223,11 @@ def test_a_training_that_resumes_ends_as_if_it_had_never_stopped(tmp_path, stop)
         assert states[0][name] == states[1][name]
 
 
-def test_a_finished_training_that_is_started_again_changes_nothing(tmp_path):
+def test_a_finished_training_that_is_started_again_changes_nothing(tmp_path, caplog):
     train(tmp_path, SCORES, 3)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     network, *_ = train(tmp_path, SCORES, 3)
+    assert "last.pt' is of a finished training: nothing to do." in caplog.text
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert round(network.weight.item(), 4) == -3
 

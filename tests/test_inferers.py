@@ -263,8 +263,11 @@ def test_tiles_keep_meta_and_go_to_the_device_that_is_asked_for(make_network, sp
         assert_close(logits.as_tensor(), network(image.as_tensor()), rtol=0, atol=1e-12)
 
 
-def test_normalisation_that_cells_do_not_share_can_be_tiled(make_network, spatial_dims, size):
-    network = make_network(spatial_dims, norm="batch")
+@pytest.mark.parametrize(
+    "norm", ["batch", "syncbatch", ("instance", {"track_running_stats": True})]
+)
+def test_normalisation_that_cells_do_not_share_can_be_tiled(make_network, spatial_dims, size, norm):
+    network = make_network(spatial_dims, norm=norm)
     for level in network.levels:
         level.norm.running_mean.normal_()
         level.norm.running_var.uniform_(0.5, 2)
