@@ -316,6 +316,19 @@ def test_the_exported_model_gives_the_networks_logits(tmp_path, weights):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+def test_the_shipped_torchscript_model_is_of_the_shipped_weights():
+    network = random_network()
+    network.load_state_dict(shipped_weights())
+    exported = WEIGHTS.with_suffix(".ts")
+    if not exported.is_file():
+        pytest.skip(f"no {exported.relative_to(ROOT)} yet")
+    model, meta, _ = load_net_with_metadata(str(exported))
+    assert meta["version"] == read("metadata.json")["version"]
+    image = torch.rand(2, 1, 64, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), network(image), rtol=0, atol=1e-5)
+
+
 @pytest.mark.usefixtures("_monai_warns")
 @pytest.mark.parametrize("workflow_type", ["train", "inference"])
 @pytest.mark.parametrize("weights", ["shipped", "random"])
