@@ -117,13 +117,18 @@ class CellularAutomaton(nn.Module):
         nn.init.zeros_(self.update.weight)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        """Convolve without padding, in 2-D or 3-D."""
+        """Convolve ``(B, C, *spatial)`` without padding, in 2-D or 3-D."""
         if self.spatial_dims == 2:
             return nn.functional.conv2d(x, weight, bias, groups=groups)
         return nn.functional.conv3d(x, weight, bias, groups=groups)
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """Kernel and bias from the padded state (dense) or the perception to the hidden layer."""
+        """Weights from the padded state (dense) or the perception (depthwise) to the hidden layer.
+
+        Returns:
+            Kernel, ``(hidden_size, num_channels, *kernel)`` if dense, else ``(hidden_size, 2 *
+            num_channels, *ones)``; bias, ``(hidden_size,)``, what is perceived of a zero state.
+        """
         own, around = self.hidden.weight.tensor_split([self.num_channels], 1)
         zeros = own.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
         no_state = [0, 0] * self.spatial_dims + [self.num_channels, 0]

@@ -87,7 +87,7 @@ def inside(dataset_dir: Path, name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON file that holds an object, else raise ValueError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"'{path}' must be JSON, got: {error}.") from error
     if not isinstance(content, dict):
@@ -145,16 +145,22 @@ def load_datalist(
             raise ValueError(
                 f"`split_file` must list 'training' and 'validation', got {sorted(given)}."
             )
-        both = set(given["training"]) & set(given["validation"])
-        if both:
-            raise ValueError(f"`split_file` must name each case once, got twice {sorted(both)}.")
-        if cases.keys() & {*given["training"], *given["validation"]}:
+        named = [*given["training"], *given["validation"]]
+        if not all(isinstance(name, str) for name in named) or len(set(named)) < len(named):
+            raise ValueError(f"`split_file` must name each case once, got {named!r}.")
+        unknown = [name for name in named if name not in cases]
+        if len(unknown) < len(named):
             split = {key: [n for n in given[key] if n in cases] for key in split}
         else:
-            logger.info(f"'{split_file}' names no case of '{folder}': every fifth is validation.")
+            logger.warning(f"'{split_file}' has no case of '{folder}': every fifth is validation.")
+        if 0 < len(unknown) < len(named):
+            logger.warning(f"'{folder}' lacks {len(unknown)} cases of '{split_file}': {unknown}.")
     chosen = names if part == "all" else sorted(split[part])
     if not chosen:
-        raise ValueError(f"`dataset_dir` must hold cases for {part}, got none in '{folder}'.")
+        raise ValueError(
+            f"`dataset_dir` and `split_file` must leave cases for {part}, got none of the "
+            f"{len(names)} in '{folder}' by '{split_file}'."
+        )
     return [{key: inside(folder, cases[n][key]) for key in ("image", "label")} for n in chosen]
 
 
@@ -175,7 +181,8 @@ def list_images(path: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, 
     if not isinstance(path, (str, os.PathLike)):
         images = [str(p) for p in path]
     elif os.path.isdir(path) and not (Path(path) / "dataset.json").is_file():
-        images = sorted(str(p) for p in Path(path).iterdir() if p.name.endswith(IMAGE_SUFFIXES))
+        files = [p for p in Path(path).iterdir() if not p.name.startswith(".")]
+        images = sorted(str(p) for p in files if p.name.endswith(IMAGE_SUFFIXES))
     elif os.path.isfile(path):
         images = [str(path)]
     elif not os.path.isdir(path) and Path(path).name not in DecathlonDataset.resource:

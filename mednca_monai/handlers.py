@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from pickle import UnpicklingError
 from typing import Any
 
 import ignite.distributed as idist
@@ -101,7 +102,8 @@ class DivergenceGuard:
             raise FloatingPointError(
                 f"The {what} is {value.item()} in epoch {engine.state.epoch}, iteration "
                 f"{engine.state.iteration}, at learning rate {rate:g}. "
-                "The last checkpoint holds the last finite state; lower the learning rate."
+                "The last checkpoint holds the last finite state; lower the learning rate "
+                "and train in another folder."
             )
 
 
@@ -149,8 +151,8 @@ class ResumableCheckpoint:
         if engine.state.iteration > 0 or not os.path.isfile(self.last):
             return  # a trainer that runs again goes on with what it has
         device = engine.state.device  # type: ignore[attr-defined]
-        states = torch.load(self.last, map_location=device, weights_only=True)
         try:
+            states = torch.load(self.last, map_location=device, weights_only=True)
             for name, item in self.save_dict.items():
                 steps = getattr(item, "total_steps", None)
                 item.load_state_dict(states[name])
@@ -158,7 +160,7 @@ class ResumableCheckpoint:
                     raise ValueError(
                         f"Its schedule has {item.total_steps} iterations, not {steps}."
                     )
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
             raise RuntimeError(
                 f"'{self.last}' must belong to this training (network, optimizer, schedule): "
                 f"remove it or train in another folder. {error}"

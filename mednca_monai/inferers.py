@@ -125,7 +125,7 @@ class RandomPatchBatch(PrepareBatch):
         """
         image, label = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
         shape = image.shape[2:]
-        if label is None or label.shape[2:] != shape:
+        if label is None or label.shape[2:] != shape or len(label) != len(image):
             found = "none" if label is None else list(label.shape)
             raise ValueError(
                 f"`batchdata` must hold a label of the image's size, {list(shape)}, got {found}."

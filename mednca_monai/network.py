@@ -307,6 +307,9 @@ class MedNCA(nn.Module):
             shape: spatial size of the image.
             start: first cell of each image's patch, int64, ``(B, spatial_dims)``.
             size: of the patch.
+
+        Returns:
+            One region per level, coarse to fine.
         """
         shapes = self.shapes(shape)
         factor = torch.tensor(self.scale_factor)
@@ -329,6 +332,9 @@ class MedNCA(nn.Module):
             shape: spatial size of the image.
             start: first cell of the box.
             stop: cell after its last along each axis.
+
+        Returns:
+            One region per level, coarse to fine.
         """
         regions: list[Region] = []
         begin, end = list(start), list(stop)

@@ -24,7 +24,7 @@ def waves(rng: Generator, position: Array, wavelength: float) -> Array:
     return field
 
 
-def inside(depth: Array) -> Array:
+def coverage(depth: Array) -> Array:
     """Share of a voxel that lies in a body, from its distance to the surface (negative inside)."""
     return 1 / (1 + np.exp(2.5 * np.clip(depth, -20, 20)))
 
@@ -42,15 +42,15 @@ def make_case(rng: Generator) -> tuple[NDArray[np.int16], NDArray[np.uint8], Arr
     t = np.linspace(-1, 1, 41)
     across = slope * t[:, None] + bend * (t[:, None] ** 2 - 0.5)
     line = np.stack([across[:, 0], half_length * t, across[:, 1]], -1) + rng.uniform(-2, 2, 3)
-    radius = rng.uniform(3.5, 4.5) + rng.uniform(1.5, 2.5) * inside((split - t) * 6)
+    radius = rng.uniform(3.5, 4.5) + rng.uniform(1.5, 2.5) * coverage((split - t) * 6)
     depths = np.linalg.norm(voxels[..., None, :] - line, axis=-1) - radius
     depth = depths.min(-1)
     label = np.where(depth < 0, np.where(t[depths.argmin(-1)] > split, 1, 2), 0)
 
-    bodies = inside(depth)
+    bodies = coverage(depth)
     for ball_radius in rng.uniform(2, 5, 12):
         centre = rng.choice(voxels[depth > ball_radius + 1.5])
-        ball = inside(np.linalg.norm(voxels - centre, axis=-1) - ball_radius)
+        ball = coverage(np.linalg.norm(voxels - centre, axis=-1) - ball_radius)
         bodies = np.maximum(bodies, rng.uniform(0.8, 1.1) * ball)
     tissue = 0.4 + 0.08 * waves(rng, voxels, 12)
     image = tissue + (rng.uniform(0.8, 1.1) - tissue) * bodies

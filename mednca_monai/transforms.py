@@ -5,6 +5,7 @@ from typing import Any
 
 from monai.config.type_definitions import KeysCollection
 from monai.data.image_writer import NibabelWriter
+from monai.data.meta_tensor import MetaTensor
 from monai.transforms.transform import MapTransform
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class CheckImaged(MapTransform):
 
 
 class CheckLabeld(MapTransform):
-    """Pass labels on that fit their image: its size, and class numbers only.
+    """Pass labels on that fit their image: its size and affine, and class numbers only.
 
     Args:
         keys: of labels, ``(1, *spatial)``.
@@ -80,6 +81,14 @@ class CheckLabeld(MapTransform):
             if list(label.shape) != shape:
                 found = f"{list(label.shape)} in '{name}'"
                 raise ValueError(f"`{key}` must have the image's size, {shape}, got {found}.")
+            image = data[self.image_key]
+            if isinstance(label, MetaTensor) and isinstance(image, MetaTensor):
+                apart = (label.affine - image.affine).abs().max().item()
+                if not apart < 1e-3:
+                    raise ValueError(
+                        f"`{key}` must have the image's affine, got one that differs by "
+                        f"{apart:.3g} in '{name}'."
+                    )
             known = (label >= 0) & (label < self.out_channels) & (label == label.round())
             if not bool(known.all()):
                 raise ValueError(

@@ -218,6 +218,13 @@ def scores(succeed, trained, dataset):
     return read_table(trained)
 
 
+def test_a_first_run_makes_its_own_data(succeed, bundle, tmp_path):
+    settings = {**FAST_TRAINING, "max_epochs": 1, "dataset_dir#num_cases": 5}
+    succeed("train synthetic", "training", output_dir=tmp_path, **settings)
+    assert (tmp_path / "data" / "dataset.json").is_file()
+    assert list(read_states(tmp_path)) == ["best.pt", "last.pt"]
+
+
 def test_training_keeps_the_best_and_the_last_state(trained):
     states = read_states(trained)
     assert list(states) == ["best.pt", "last.pt"]

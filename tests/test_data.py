@@ -203,7 +203,7 @@ def test_a_dataset_names_no_file_outside_its_folder(dataset, name):
     ("cases", "part", "error", "message"),
     [
         (2, "test", ValueError, r"`part` must be 'training', 'validation' or 'all', got 'test'"),
-        (1, "training", ValueError, r"`dataset_dir` must hold cases for training, got none in"),
+        (1, "training", ValueError, r"must leave cases for training, got none of the 1 in"),
         (0, "all", ValueError, r"`dataset.json` must list cases under 'training', got \[\]"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_part_must_be_known_and_have_cases(tmp_path, cases, part, error, messa
 
 def test_a_split_file_must_leave_each_part_a_case(dataset, tmp_path):
     split = write_split(tmp_path / "split.json", ["case_01"])
-    with pytest.raises(ValueError, match="must hold cases for validation"):
+    with pytest.raises(ValueError, match="must leave cases for validation"):
         load_datalist(dataset, split, "validation")
 
 
@@ -253,7 +253,7 @@ def test_a_case_must_have_image_and_label(tmp_path, case):
         ('{"training": []}', r"`split_file` must list 'training' and 'validation', got \['train"),
         (
             '{"training": ["a"], "validation": ["a", "b"]}',
-            r"name each case once, got twice \['a'\]",
+            r"name each case once, got \['a', 'a', 'b'\]",
         ),
     ],
 )

@@ -102,3 +102,10 @@ def test_a_label_that_does_not_fit_is_refused_with_its_files_name(wrong, message
     data = {"image": image(3, 4, 5), "label": wrong}
     with pytest.raises(ValueError, match=f"^`label` {message} in 'scans/patient_7.nii.gz'"):
         CheckLabeld("label", "image", out_channels=3)(data)
+
+
+def test_a_label_that_lies_elsewhere_than_its_image_is_refused():
+    label = image(1, 4, 5)
+    label.affine[0, 3] = 7
+    with pytest.raises(ValueError, match=r"`label` must have the image's affine, got .* by 7 in"):
+        CheckLabeld("label", "image", out_channels=3)({"image": image(3, 4, 5), "label": label})
