@@ -151,7 +151,7 @@ class SaveImageOverlayd(MapTransform):
                 to_ras = Orientation("RAS", labels=None)
                 segmentation = to_ras(MetaTensor(segmentation, meta=image.meta))
                 image = to_ras(image)
-            spacing = image.pixdim.tolist()
+            spacing = image.pixdim.tolist()[: image.ndim - 1]  # MONAI 1.5 gives a 2-D image 3
         picture = overlay_picture(image[0], segmentation[0], self.axis, spacing=spacing)
         name = default_name_formatter(getattr(image, "meta", {}), self)
         self._data_index += 1
