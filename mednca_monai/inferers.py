@@ -128,7 +128,8 @@ class RandomPatchBatch(PrepareBatch):
         if label is None or label.shape[2:] != shape or len(label) != len(image):
             found = "none" if label is None else list(label.shape)
             raise ValueError(
-                f"`batchdata` must hold a label of the image's size, {list(shape)}, got {found}."
+                f"`batchdata` must hold a label of each image's size, {len(image)} of "
+                f"{list(shape)}, got {found}."
             )
         size = check_patch(self.roi_size, shape)
         start = random_starts(len(image), size, shape)

@@ -77,11 +77,11 @@ class CheckLabeld(MapTransform):
         for key in self.key_iterator(dict(data)):
             label = data[key]
             name = getattr(label, "meta", {}).get("filename_or_obj", key)
-            shape = [1, *data[self.image_key].shape[1:]]
+            image = data[self.image_key]
+            shape = [1, *image.shape[1:]]
             if list(label.shape) != shape:
                 found = f"{list(label.shape)} in '{name}'"
                 raise ValueError(f"`{key}` must have the image's size, {shape}, got {found}.")
-            image = data[self.image_key]
             if isinstance(label, MetaTensor) and isinstance(image, MetaTensor):
                 apart = (label.affine - image.affine).abs().max().item()
                 if not apart < 1e-3:

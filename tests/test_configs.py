@@ -350,3 +350,20 @@ def test_monai_loads_the_network_with_its_weights(tmp_path, monkeypatch, weights
     assert loaded.keys() == state.keys()
     assert all(loaded[key].equal(state[key]) for key in state)
     assert any(value.count_nonzero() for key, value in state.items() if "update" in key)
+
+
+@pytest.mark.parametrize("name", ["evaluate.json", "inference.json"])
+@pytest.mark.parametrize(
+    ("trained", "channels", "shipped"),
+    [(False, (1, 3), True), (True, (1, 3), False), (False, (2, 3), False), (False, (1, 2), False)],
+)
+def test_the_shipped_weights_stand_in_for_no_other_training(
+    tmp_path, name, trained, channels, shipped
+):
+    if trained:
+        (tmp_path / "checkpoints").mkdir()
+    parser = ConfigParser({**read("inference.json"), "ckpt_path": read(name)["ckpt_path"]})
+    parser.update({"bundle_root": "root", "output_dir": str(tmp_path)})
+    parser.update({"in_channels": channels[0], "out_channels": channels[1]})
+    expected = Path("root/models/model.pt") if shipped else tmp_path / "checkpoints" / "best.pt"
+    assert Path(parser.get_parsed_content("ckpt_path")) == expected

@@ -279,3 +279,17 @@ def test_there_must_be_an_image(tmp_path, kind):
     paths = {"empty folder": tmp_path, "empty list": [], "missing file": [str(tmp_path / "x.nii")]}
     with pytest.raises(FileNotFoundError, match="`datalist` must name image files, got"):
         list_images(paths[kind])
+
+
+def test_hidden_files_of_a_folder_are_ignored(tmp_path):
+    for name in ("._a.nii.gz", "a.nii.gz"):
+        (tmp_path / name).touch()
+    assert [Path(item["image"]).name for item in list_images(tmp_path)] == ["a.nii.gz"]
+
+
+def test_cases_of_a_split_file_that_the_data_lack_are_told(dataset, tmp_path, caplog):
+    split = write_split(tmp_path / "split.json", ["case_01", "case_99"], ["case_02"])
+    split.write_bytes(b"\xef\xbb\xbf" + split.read_bytes())  # as some editors save it
+    load_datalist(dataset, split, "training")
+    assert "lacks 1 cases" in caplog.text
+    assert "['case_99']" in caplog.text

@@ -308,3 +308,12 @@ def test_averaged_weights_start_as_the_first_ones_and_follow_slowly():
         WeightAveraging(network, averaged)(None)
         values.append(averaged.module.weight.item())
     assert values == [4.0, 5.0]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_broken_checkpoint_is_named(tmp_path, content):
+    _, _, trainer = resumable_training(tmp_path, SCORES, 1)
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"last.pt' must belong to this training"):
+        trainer.run()
+    assert (tmp_path / "last.pt").read_bytes() == content

@@ -437,7 +437,11 @@ def test_patches_of_images_that_the_network_does_not_take_are_refused(make_netwo
         ({"image": torch.rand(1, 1, 8, 8)}, r"`batchdata` must hold a label .*, got none\."),
         (
             {"image": torch.rand(1, 1, 8, 8), "label": torch.rand(1, 1, 9, 8)},
-            r"`batchdata` must hold a label of the image's size, \[8, 8\], got \[1, 1, 9, 8\]\.",
+            r"`batchdata` must hold .* size, 1 of \[8, 8\], got \[1, 1, 9, 8\]\.",
+        ),
+        (
+            {"image": torch.rand(2, 1, 8, 8), "label": torch.rand(1, 1, 8, 8)},
+            r"`batchdata` must hold .* size, 2 of \[8, 8\], got \[1, 1, 8, 8\]\.",
         ),
     ],
 )

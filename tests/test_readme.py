@@ -1,7 +1,9 @@
 import re
+import subprocess
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_readme_code_runs(capsys):
@@ -12,4 +14,14 @@ def test_the_readme_code_runs(capsys):
 
 def test_the_ci_script_runs_the_readme_test_command():
     commands = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    (line,) = re.findall(r"^test_command=.*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    script = f'{line}; printf "%s" "$test_command"'
+    found = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, check=True)
+    assert found.stdout.decode() == commands[1].strip()
     assert commands[1].strip().endswith("pytest")
+
+
+def test_the_readme_names_configs_that_exist():
+    names = re.findall(r"configs/[\w.]+", README)
+    assert len(names) > 10
+    assert all((ROOT / "bundle" / name).is_file() for name in names)
