@@ -1,47 +1,54 @@
 """The cell automaton of one level: cells perceive their neighbourhood, firing cells update."""
 
+from typing import Any, NamedTuple
+
 import torch
 from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 
-from mednca_monai.firing import independent_fires, step_digest, sublattice_fires
+from mednca_monai.depthwise import depthwise_convolution
+from mednca_monai.firing import (
+    drawn_sublattices,
+    independent_fires,
+    row_digests,
+    step_digests,
+    sublattice_fires,
+    sublattice_firsts,
+)
+from mednca_monai.grid import (
+    Block,
+    blocks,
+    interior,
+    lattice,
+    part,
+    reflect,
+    reflect_pad,
+    unreflect,
+)
+
+# glibc gives memory back to the system by the size of the largest block that was ever freed; after
+# this one (31 MiB, never touched) a step's temporaries are reused instead of mapped again each time
+torch.empty(31 * 2**18)
+HIDDEN = 2**20  # numbers in the hidden layer of a block: near a processor's cache, few calls
+HIDDEN_ON_GPU = 2**26
 
 
-def reflect_pad(state: Tensor, radius: int) -> Tensor:
-    """Pad every spatial axis by ``radius`` cells as ``numpy.pad(mode="reflect")`` does.
+class Firing(NamedTuple):
+    """Which cells fire in a forward pass.
 
-    An axis shorter than the radius is reflected repeatedly, one of length 1 is repeated. Pieces are
-    split off and joined, since ``torch.nn.functional.pad`` does neither and has no deterministic
-    CUDA backward; the backward of a split is one copy.
-
-    Args:
-        state: ``(B, C, *spatial)``.
-        radius: cells added on each side.
-
-    Returns:
-        ``(B, C, *(n + 2 * radius for n in spatial))``.
-
-    Example:
-        >>> reflect_pad(torch.arange(3.0).view(1, 1, 3), 4).flatten().tolist()
-        [0.0, 1.0, 2.0, 1.0, 0.0, 1.0, 2.0, 1.0, 0.0, 1.0, 2.0]
+    Attributes:
+        rows: of `row_digests`, where each cell fires by itself.
+        drawn: of `drawn_sublattices`, where sublattices do.
+        start: absolute position of the first cell, int64, ``(B, spatial_dims)``.
+        firsts: for each step the first cells of the sublattices that fire, as they lie in these
+            images; empty where masks say which cells fire.
     """
-    for axis in range(2, state.dim()):
-        length = state.shape[axis]
-        period = max(2 * (length - 1), 1)
-        single = [1] * (radius + 1)
-        middle = [length - 2 * len(single)]
-        sizes = single + middle + single if middle[0] > 0 else [1] * length
-        cells = torch.split(state, sizes, axis)
-        pieces: list[Tensor] = []
-        for i in range(-radius, 0):
-            pieces.append(cells[min(i % period, period - i % period)])
-        pieces += list(cells)
-        for i in range(length, length + radius):
-            j = min(i % period, period - i % period)
-            pieces.append(cells[j] if j <= radius else cells[j - length])
-        state = torch.cat(pieces, axis)
-    return state
+
+    rows: Tensor
+    drawn: Tensor
+    start: Tensor
+    firsts: list[list[list[int]]]
 
 
 class CellularAutomaton(nn.Module):
@@ -53,7 +60,10 @@ class CellularAutomaton(nn.Module):
     starts at zero, so a new automaton changes nothing.
 
     Perception and the first dense layer are both linear: with dense perception they run as one
-    convolution, folded anew in each `forward`, while the weights stay separate parameters.
+    convolution, folded anew in each `forward`, while the weights stay separate parameters. A step
+    works in place, one cache-sized block of cells after the other and, where that pays, on the
+    firing cells only. Training keeps the state of every ``kept_steps``-th step and computes the
+    rest again in the backward pass, which cannot itself be differentiated.
 
     Reference:
         Kalkhof, J., González, C., Mukhopadhyay, A., "Med-NCA: Robust and Lightweight Segmentation
@@ -73,6 +83,7 @@ class CellularAutomaton(nn.Module):
         kernel_size: odd width of the perceived neighbourhood, in cells.
         perception: ``"dense"`` (two dense convolutions) or ``"depthwise"`` (one depthwise).
         norm: MONAI name or (name, arguments) of the hidden layer's normalisation, or ``None``.
+        segment_steps: training keeps the state of every so many steps, at least 1.
     """
 
     def __init__(
@@ -89,17 +100,23 @@ class CellularAutomaton(nn.Module):
         kernel_size: int,
         perception: str,
         norm: str | tuple[str, dict[str, object]] | None,
+        segment_steps: int,
     ) -> None:
         super().__init__()
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.num_channels = num_channels
+        self.block_cells = max(HIDDEN // hidden_size, 1)
+        self.block_cells_on_gpu = max(HIDDEN_ON_GPU // hidden_size, 1)
         self.level = level
         self.steps = steps
+        self.segment_steps = segment_steps
         self.threshold = round(fire_rate * 2**32)
         self.firing = firing
         self.radius = kernel_size // 2
         self.is_dense = perception == "dense"
+        self.is_normed = norm is not None
+        self.rule_length = 3 if self.is_dense else 4
         convolution = Conv[Conv.CONV, spatial_dims]
         around = 2 * num_channels if self.is_dense else num_channels
         groups = 1 if self.is_dense else num_channels
@@ -116,63 +133,334 @@ class CellularAutomaton(nn.Module):
         self.update = convolution(hidden_size, num_channels, 1, bias=False)
         nn.init.zeros_(self.update.weight)
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """Convolve ``(B, C, *spatial)`` without padding, in 2-D or 3-D."""
         if self.spatial_dims == 2:
-            return nn.functional.conv2d(x, weight, bias, groups=groups)
-        return nn.functional.conv3d(x, weight, bias, groups=groups)
+            return nn.functional.conv2d(x, weight, bias, stride)
+        return nn.functional.conv3d(x, weight, bias, stride)
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Weights from the padded state (dense) or the perception (depthwise) to the hidden layer.
+    def fold(self) -> list[Tensor]:
+        """Weights of a step, the linear layers joined, and nothing that changes image channels.
 
         Returns:
-            Kernel, ``(hidden_size, num_channels, *kernel)`` if dense, else ``(hidden_size, 2 *
-            num_channels, *ones)``; bias, ``(hidden_size,)``, what is perceived of a zero state.
+            From the neighbourhood (dense) or the perception (depthwise) to the hidden layer,
+            ``(hidden_size, channels, *kernel)``; bias, ``(hidden_size,)``, what is perceived of a
+            zero state; from the hidden layer to the change, ``(num_channels, hidden_size, *ones)``;
+            if depthwise, the convolution of the perception, ``(num_channels, 1, *kernel)``.
         """
         own, around = self.hidden.weight.tensor_split([self.num_channels], 1)
         zeros = own.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
         no_state = [0, 0] * self.spatial_dims + [self.num_channels, 0]
-        bias = self.hidden(nn.functional.pad(self.perception(zeros), no_state))
-        kernel = self.hidden.weight
-        if self.is_dense:
-            kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
-            kernel = kernel + nn.functional.pad(own, [self.radius] * (2 * self.spatial_dims))
-        return kernel, bias.flatten()
+        bias = self.hidden(nn.functional.pad(self.perception(zeros), no_state)).flatten()
+        no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
+        update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
+        channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
+        if not self.is_dense:
+            return [self.hidden.weight, bias, update, self.perception.weight]
+        kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
+        kernel = kernel + nn.functional.pad(own, [self.radius] * (2 * self.spatial_dims))
+        return [kernel.contiguous(memory_format=channels_last), bias, update]
 
-    def perceive(self, state: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-        """Hidden layer before its normalisation, ``(B, hidden_size, *spatial)``."""
-        padded = reflect_pad(state, self.radius)
-        if self.is_dense:
-            return self.convolve(padded, kernel, bias)
-        around = self.convolve(padded, self.perception.weight, None, self.num_channels)
-        return self.convolve(torch.cat([state, around], 1), kernel, bias)
+    def change(self, window: Tensor, rule: list[Tensor], fires: Tensor, stride: int) -> Tensor:
+        """What a step adds to the cells of a window; image channels get zeros.
 
-    def fires(self, seed: Tensor, step: int, start: Tensor, size: list[int]) -> Tensor:
-        """Which cells fire in a step, booleans that broadcast to ``(B, 1, *size)``."""
-        digest = step_digest(seed, self.level, step)
+        Args:
+            window: states, ``(B, num_channels, *padded)``, with the radius on each side.
+            rule: of `fold`.
+            fires: which cells fire, ``(B, 1, *spatial)``; empty if all of them.
+            stride: the window's cells are every second one (2) or all (1).
+
+        Returns:
+            ``(B, num_channels, *spatial)``.
+        """
+        kernel, bias, update = rule[:3]
+        if not self.is_dense:
+            around = depthwise_convolution(window, rule[3])
+            window = torch.cat([interior(window, self.radius), around], 1)
+        channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
+        window = window.contiguous(memory_format=channels_last)  # the faster one on CPU and GPU
+        if fires.numel() > 0 and self.gathers(window):
+            return change_of_cells(window, kernel, bias, update, fires)
+        hidden = self.norm(self.convolve(window, kernel, bias, stride)).relu_()
+        change = self.convolve(hidden, update, None)
+        return change * fires if fires.numel() > 0 else change
+
+    def gathers(self, window: Tensor) -> bool:
+        """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
+        few = self.threshold < 0.75 * 2**32
+        return few and window.device.type == "cpu" and not self.is_normed and not is_traced()
+
+    def fires(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
+        """Cells of a block that fire in a step, ``(B, 1, *size)``; empty if sublattices do."""
+        if len(firing.firsts) > 0:
+            return torch.empty(0, device=firing.start.device)
+        start = firing.start.narrow(0, block.item, block.items)
         if self.firing == "sublattices":
-            return sublattice_fires(digest, start, size)
-        return independent_fires(digest, start, size, self.threshold)
+            return sublattice_fires(firing.drawn[step], start, size)  # blocks start at even rows
+        rows = firing.rows[step].narrow(0, block.item, block.items)
+        rows = rows.narrow(1, block.row, block.rows)
+        return independent_fires(rows, start[:, 1:], size[1:], self.threshold)
 
-    def forward(self, state: Tensor, seed: Tensor, start: Tensor) -> Tensor:
+    def lattices(self, firing: Firing, step: int) -> tuple[list[list[int]], int]:
+        """First cells of the lattices that are computed in a step, and their stride."""
+        if len(firing.firsts) > 0:
+            return firing.firsts[step], 2
+        return [[0] * self.spatial_dims], 1
+
+    def blocks(self, state: Tensor) -> list[Block]:
+        """Blocks of a batch whose hidden layer stays in the cache; all at once if it is normed."""
+        cells = self.block_cells if state.device.type == "cpu" else self.block_cells_on_gpu
+        if self.is_normed:
+            cells = state.numel()
+        return blocks(list(state.shape), self.radius, cells)
+
+    def own(self, padded: Tensor) -> Tensor:
+        """View of the cells' own channels of a padded state."""
+        return interior(padded, self.radius)[:, self.in_channels :]
+
+    def pad(self, image: Tensor, cells: Tensor) -> Tensor:
+        """State of image and cells with a mirrored border, channels last in memory."""
+        batch, size = image.shape[0], [n + 2 * self.radius for n in image.shape[2:]]
+        shape = [batch] + size + [self.num_channels]  # noqa: RUF005 (TorchScript)
+        rows = torch.empty(shape, dtype=image.dtype, device=image.device)
+        padded = rows.movedim(-1, 1)
+        interior(padded, self.radius)[:, : self.in_channels].copy_(image)
+        self.own(padded).copy_(cells)
+        reflect(padded, self.radius)
+        return padded
+
+    def advance(
+        self, padded: Tensor, firing: Firing, step: int, rule: list[Tensor], blocks: list[Block]
+    ) -> None:
+        """Take one step in place.
+
+        A block is updated once the next one, which sees its last rows, has been computed.
+        """
+        firsts, stride = self.lattices(firing, step)
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for block in blocks:
+            around = part(padded, block, self.radius)
+            cells = interior(around, self.radius)
+            fires = self.fires(firing, step, block, list(cells.shape[2:]))
+            changes: list[tuple[Tensor, Tensor]] = []
+            for first in firsts:
+                target = lattice(cells, first, stride)
+                if target.numel() > 0:
+                    window = lattice(around, first, 1)
+                    changes.append((target, self.change(window, rule, fires, stride)))
+            for target, change in waiting:
+                target.add_(change)
+            waiting = changes
+        for target, change in waiting:
+            target.add_(change)
+        reflect(padded, self.radius)
+
+    def run(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+        """All steps in place, without gradients; ``(B, num_channels - in_channels, *spatial)``."""
+        padded = self.pad(image.detach(), cells.detach())
+        blocks = self.blocks(cells)
+        with torch.no_grad():
+            for step in range(self.steps):
+                self.advance(padded, firing, step, rule, blocks)
+        return self.own(padded)
+
+    def unroll(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+        """All steps as a plain graph, for compilers, exporters and their gradients."""
+        state = torch.cat([image, cells], 1)
+        whole = Block(0, state.shape[0], 0, state.shape[2])
+        for step in range(self.steps):
+            fires = self.fires(firing, step, whole, list(state.shape[2:]))
+            state = state + self.change(reflect_pad(state, self.radius), rule, fires, 1)
+        return state[:, self.in_channels :]
+
+    def forward(self, image: Tensor, cells: Tensor, seed: Tensor, start: Tensor) -> Tensor:
         """Apply the rule ``steps`` times.
 
         Args:
-            state: ``(B, num_channels, *spatial)``, the image's channels first.
+            image: ``(B, in_channels, *spatial)``.
+            cells: the cells' own channels, ``(B, num_channels - in_channels, *spatial)``.
             seed: int64, ``(1,)`` or ``(B,)``.
             start: absolute position of the first cell, int64, ``(1, spatial_dims)`` or
                 ``(B, spatial_dims)``.
 
         Returns:
-            The state afterwards, ``(B, num_channels, *spatial)``.
+            The cells' own channels afterwards.
         """
-        kernel, bias = self.fold()
-        no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
-        update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
-        channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
-        state = state.contiguous(memory_format=channels_last)  # the faster one on CPU and GPU
-        for step in range(self.steps):
-            hidden = self.norm(self.perceive(state, kernel, bias)).relu_()
-            change = self.convolve(hidden, update, None)
-            state = state + change * self.fires(seed, step, start, list(state.shape[2:]))
-        return state
+        rule = self.fold()
+        start = start.expand(image.shape[0], -1)
+        digests = step_digests(seed.expand(image.shape[0]), self.level, self.steps)
+        drawn = drawn_sublattices(digests[:, 0], self.spatial_dims)
+        masks = Firing(row_digests(digests, start[:, 0], image.shape[2]), drawn, start, [])
+        scripting = torch.jit.is_scripting()  # type: ignore[attr-defined]
+        if is_traced() or (scripting and torch.is_grad_enabled()):
+            return self.unroll(image, cells, masks, rule)
+        if self.firing != "sublattices" or self.is_normed or not self.is_dense:
+            return self.roll(image, cells, masks, rule)
+        # items that start at even and at odd positions have their sublattices in other places
+        parities = start & 1
+        parts: list[Tensor] = []
+        places: list[Tensor] = []
+        for parity in torch.unique(parities, dim=0):
+            here = (parities == parity).all(1).nonzero().flatten()
+            firing = Firing(masks.rows, drawn, start, sublattice_firsts(drawn, parity))
+            if len(here) == len(start):
+                return self.roll(image, cells, firing, rule)
+            parts.append(self.roll(image[here], cells[here], firing, rule))
+            places.append(here)
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def roll(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+        """All steps in place, with gradients where they are asked for."""
+        if torch.jit.is_scripting() or not torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return self.run(image, cells, firing, rule)
+        return self.recompute(image, cells, firing, rule)
+
+    @torch.jit.unused
+    def recompute(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+        """All steps in place, whose backward pass computes them again."""
+        weights = [*rule, *(weight for weight in self.norm.parameters() if weight.requires_grad)]
+        result: Tensor = Trajectory.apply(self, image, cells, firing, *weights)  # type: ignore[no-untyped-call]
+        return result
+
+
+def is_traced() -> bool:
+    """Whether a compiler or an exporter watches, which needs a plain graph."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return False
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
+
+
+def change_of_cells(
+    window: Tensor, kernel: Tensor, bias: Tensor, update: Tensor, fires: Tensor
+) -> Tensor:
+    """As `CellularAutomaton.change`, computed for the firing cells only.
+
+    Their neighbourhoods are gathered as rows of a matrix.
+    """
+    radius = kernel.shape[2] // 2
+    border = [radius] * (2 * (fires.dim() - 2))
+    cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
+    offsets = [0]
+    for length in window.shape[2:]:
+        lines = [offset * length for offset in offsets]
+        offsets = []
+        for line in lines:
+            offsets += [line + i for i in range(-radius, radius + 1)]
+    states = window.movedim(1, -1).flatten(0, -2)
+    around = cells.unsqueeze(1) + torch.tensor(offsets)
+    rows = states.index_select(0, around.flatten())
+    rows = rows.view(cells.shape[0], len(offsets) * window.shape[1])
+    hidden = torch.addmm(bias, rows, kernel.movedim(1, -1).flatten(1).t()).relu_()
+    changes = torch.mm(hidden, update.flatten(1).t())
+    change = changes.new_zeros([states.shape[0], changes.shape[1]]).index_copy_(0, cells, changes)
+    shape = [window.shape[0]] + list(window.shape[2:]) + [changes.shape[1]]  # noqa: RUF005 (TorchScript)
+    return interior(change.view(shape).movedim(-1, 1), radius)
+
+
+class Trajectory(torch.autograd.Function):
+    """All steps of an automaton, whose backward pass computes their hidden layers again.
+
+    Kept are the cells before every ``segment_steps``-th step. Backward, segment by segment, come
+    first the cells before each of its steps, then, block by block, a step's hidden layer and its
+    gradients, by the same `CellularAutomaton.change` that made the step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        automaton: CellularAutomaton,
+        image: Tensor,
+        cells: Tensor,
+        firing: Firing,
+        *weights: Tensor,
+    ) -> Tensor:
+        """Cells after all steps; the weights are the rule's, then the normalisation's."""
+        rule = [weight.detach() for weight in weights[: automaton.rule_length]]
+        padded, blocks = automaton.pad(image, cells), automaton.blocks(cells)
+        own = automaton.own(padded)
+        kept: list[Tensor] = []
+        for step in range(automaton.steps):
+            if step % automaton.segment_steps == 0:
+                kept.append(own.clone())
+            automaton.advance(padded, firing, step, rule, blocks)
+        device = image.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.automaton, ctx.firing, ctx.blocks = automaton, firing, blocks
+        ctx.save_for_backward(image, *weights, *kept)
+        return own
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Gradients of image, cells and weights."""
+        automaton: CellularAutomaton = ctx.automaton
+        image, *saved = ctx.saved_tensors
+        starts = range(0, automaton.steps, automaton.segment_steps)
+        kept = [saved.pop() for _ in starts]
+        rule = [weight.detach().requires_grad_() for weight in saved[: automaton.rule_length]]
+        weights = [*rule, *saved[automaton.rule_length :]]
+        sums = [torch.zeros_like(weight) for weight in weights]
+        buffers = [buffer.clone() for buffer in automaton.norm.buffers()]
+        padded = automaton.pad(image, kept[0])
+        own, upstream = automaton.own(padded), torch.zeros_like(padded)
+        automaton.own(upstream).copy_(gradient)
+        for start, cells in zip(reversed(starts), kept, strict=True):
+            segment = [cells]
+            last = min(start + automaton.segment_steps, automaton.steps) - 1
+            for step in range(start, last):
+                own.copy_(segment[-1])
+                reflect(padded, automaton.radius)
+                automaton.advance(padded, ctx.firing, step, rule, ctx.blocks)
+                segment.append(own.clone())
+            for step in range(last, start - 1, -1):
+                own.copy_(segment.pop())
+                reflect(padded, automaton.radius)
+                upstream = Trajectory.retreat(ctx, padded, upstream, step, rule, weights, sums)
+        for buffer, value in zip(automaton.norm.buffers(), buffers, strict=True):
+            buffer.copy_(value)  # as the forward pass left it
+        of_image = interior(upstream, automaton.radius)[:, : automaton.in_channels]
+        return None, of_image, automaton.own(upstream), None, *sums
+
+    @staticmethod
+    def retreat(
+        ctx: Any,
+        padded: Tensor,
+        upstream: Tensor,
+        step: int,
+        rule: list[Tensor],
+        weights: list[Tensor],
+        sums: list[Tensor],
+    ) -> Tensor:
+        """Gradient of the state before a step from that of the state after it.
+
+        Args:
+            ctx: of the forward pass.
+            padded: state before the step.
+            upstream: gradient of the state after it, padded with zeros.
+            step: number of the step.
+            rule: weights of the step.
+            weights: ``rule`` and those of the normalisation.
+            sums: gradients of ``weights``, added to in place.
+        """
+        automaton: CellularAutomaton = ctx.automaton
+        radius, downstream = automaton.radius, upstream.clone()
+        firsts, stride = automaton.lattices(ctx.firing, step)
+        device, dtype, enabled = ctx.autocast
+        for block in ctx.blocks:
+            states, after, before = (part(x, block, radius) for x in (padded, upstream, downstream))
+            after = interior(after, radius)
+            fires = automaton.fires(ctx.firing, step, block, list(after.shape[2:]))
+            for first in firsts:
+                target = lattice(after, first, stride)
+                if target.numel() > 0:
+                    window = lattice(states, first, 1).detach().requires_grad_()
+                    with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                        change = automaton.change(window, rule, fires, stride)
+                    of_window, *of_weights = torch.autograd.grad(
+                        change, [window, *weights], target.to(change.dtype)
+                    )
+                    lattice(before, first, 1).add_(of_window)
+                    for total, of_weight in zip(sums, of_weights, strict=True):
+                        total.add_(of_weight)
+        unreflect(downstream, radius)
+        return downstream

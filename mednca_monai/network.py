@@ -106,6 +106,8 @@ class MedNCA(nn.Module):
         perception: ``"dense"`` (the state and two dense convolutions of it) or ``"depthwise"`` (the
             state and one depthwise convolution of it).
         norm: MONAI name, or (name, arguments), of a normalisation of the hidden layer; ``None``.
+        segment_steps: training keeps the state of every so many steps, at least 1, and computes
+            the others again; more than 1 saves memory and costs time.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -133,6 +135,7 @@ class MedNCA(nn.Module):
         kernel_size: int | Sequence[int] = 3,
         perception: str = "dense",
         norm: str | tuple[str, dict[str, object]] | None = None,
+        segment_steps: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(spatial_dims, int) or spatial_dims not in (2, 3):
@@ -171,6 +174,7 @@ class MedNCA(nn.Module):
                 kernel_size=self.kernel_size[level],
                 perception=perception,
                 norm=norm,
+                segment_steps=check_int("segment_steps", segment_steps, 1),
             )
             for level in range(num_levels)
         )
@@ -249,11 +253,10 @@ class MedNCA(nn.Module):
                     cells = crop(cells, Region(start - outer, regions[level].size))
                 for axis in range(2, 2 + self.spatial_dims):
                     cells = cells.narrow(axis, 0, image.shape[axis])
-            state = automaton(torch.cat([image, cells], 1), seed, start.to(image.device))
-            cells = state[:, self.in_channels :]
+            cells = automaton(image, cells, seed, start.to(image.device))
             outer = start * factor
             first = first * factor
-        return cells[:, : self.out_channels]
+        return cells[:, : self.out_channels].contiguous()  # without the memory of the others
 
     def pyramid(self, image: Tensor) -> list[Tensor]:
         """The image on every level, coarse to fine, each ``(B, in_channels, *spatial)``."""

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mednca_monai.automaton import CellularAutomaton, reflect_pad
-from mednca_monai.firing import independent_fires, step_digest
+from mednca_monai.automaton import CellularAutomaton
+from mednca_monai.firing import independent_fires, row_digests, step_digests
 
 RULES = {
     "dense": {},
@@ -25,7 +25,7 @@ def rule(request):
 
 def new_automaton(spatial_dims, **arguments):
     settings = {"level": 1, "steps": 2, "fire_rate": 0.6, "firing": "independent"}
-    settings |= {"kernel_size": 3, "perception": "dense", "norm": None}
+    settings |= {"kernel_size": 3, "perception": "dense", "norm": None, "segment_steps": 1}
     return CellularAutomaton(spatial_dims, 2, 5, 8, **{**settings, **arguments}).double()
 
 
@@ -40,9 +40,12 @@ def make_state(size):
     return torch.randn(2, 5, *size, dtype=torch.float64)
 
 
-def run(automaton, state):
-    start = torch.zeros(1, automaton.spatial_dims, dtype=torch.int64)
-    return automaton(state, torch.tensor([7, 8]), start)
+def run(automaton, state, seed=(7, 8), start=None):
+    """The whole state afterwards."""
+    if start is None:
+        start = torch.zeros(1, automaton.spatial_dims, dtype=torch.int64)
+    cells = automaton(state[:, :2], state[:, 2:], torch.tensor(seed), start)
+    return torch.cat([state[:, :2], cells], 1)
 
 
 def plain_steps(automaton, state, seed, start):
@@ -53,27 +56,12 @@ def plain_steps(automaton, state, seed, start):
         padded = torch.from_numpy(np.pad(state.detach().numpy(), width, mode="reflect"))
         hidden = automaton.hidden(torch.cat([state, automaton.perception(padded)], 1))
         change = automaton.update(automaton.norm(hidden).relu())
-        digest = step_digest(seed, automaton.level, step)
-        fires = independent_fires(digest, start, size, round(0.6 * 2**32))
+        digests = step_digests(seed, automaton.level, automaton.steps)
+        rows = row_digests(digests, start[:, 0], size[0])[step]
+        fires = independent_fires(rows, start[:, 1:], size[1:], round(0.6 * 2**32))
         state = torch.where(fires, state + change, state)
         state = torch.cat([image, state[:, automaton.in_channels :]], 1)
     return state
-
-
-@pytest.mark.parametrize("radius", [0, 1, 2, 3, 5])
-@pytest.mark.parametrize("size", [[1], [2], [3], [6, 7], [9, 1], [13, 4, 12], [1, 2, 3]])
-def test_borders_reflect_as_numpy_reflects_them(radius, size):
-    state = torch.randn(2, 3, *size)
-    expected = np.pad(state.numpy(), [(0, 0)] * 2 + [(radius, radius)] * len(size), mode="reflect")
-    assert reflect_pad(state, radius).equal(torch.from_numpy(expected))
-    scripted = torch.jit.script(reflect_pad)
-    assert scripted(state, radius).equal(torch.from_numpy(expected))
-
-
-@pytest.mark.parametrize("length", [1, 2, 4, 9])
-def test_gradients_flow_back_through_reflected_borders(length):
-    state = torch.randn(1, 1, length, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: reflect_pad(x, 2), state)
 
 
 def test_a_new_automaton_is_the_identity_on_its_state(spatial_dims, rule, size):
@@ -91,7 +79,7 @@ def test_the_folded_rule_equals_the_rule_layer_by_layer(spatial_dims, rule, size
     seed, start = torch.tensor([7, -8]), torch.tensor([[2, 0, 9], [31, 5, 1]])[:, :spatial_dims]
     with torch.no_grad():
         expected = plain_steps(automaton, state, seed, start)
-        assert_close(automaton(state, seed, start), expected, rtol=0, atol=1e-12)
+        assert_close(run(automaton, state, [7, -8], start), expected, rtol=0, atol=1e-12)
 
 
 def test_image_channels_never_change(spatial_dims, rule, size):
@@ -144,3 +132,72 @@ def test_every_parameter_gets_a_gradient(spatial_dims, rule, size):
     for name, weight in automaton.named_parameters():
         assert weight.grad is not None, name
         assert weight.grad.any(), name
+
+
+# The fast ways equal the plain one
+
+
+def gradients(automaton, state, seed, start, weight):
+    """Cells afterwards, and the gradients of image, cells and all weights."""
+    image, cells = (x.clone().requires_grad_() for x in (state[:, :2], state[:, 2:]))
+    after = automaton(image, cells, seed, start)
+    inputs = [image, cells, *automaton.parameters()]
+    return [after, *torch.autograd.grad((after * weight).sum(), inputs)]
+
+
+@pytest.mark.parametrize("segment_steps", [1, 2, 4, 9])
+@pytest.mark.parametrize("block_cells", [1, 30, 2**20])
+@pytest.mark.parametrize("firing", [{}, {"fire_rate": 0.5, "firing": "sublattices"}])
+def test_blocks_and_recomputed_segments_change_neither_result_nor_gradients(
+    spatial_dims, rule, size, firing, block_cells, segment_steps, monkeypatch
+):
+    settings = {**rule, **firing, "segment_steps": segment_steps, "steps": 5}
+    automaton = make_automaton(spatial_dims, **settings)
+    automaton.block_cells = block_cells
+    state = torch.randn(3, 5, *size, dtype=torch.float64)
+    start = torch.tensor([[2, 0, 9], [31, 5, 1], [4, 4, 3]])[:, :spatial_dims]
+    weight = torch.randn_like(state[:, 2:])
+    found = gradients(automaton, state, torch.tensor([7, 8, -9]), start, weight)
+    with torch.no_grad():
+        image, cells = state.split([2, 3], 1)
+        inference = automaton(image, cells, torch.tensor([7, 8, -9]), start)
+    monkeypatch.setattr("mednca_monai.automaton.is_traced", lambda: True)  # the plain graph
+    expected = gradients(automaton, state, torch.tensor([7, 8, -9]), start, weight)
+    assert_close(inference, expected[0], rtol=0, atol=1e-10)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=0, atol=1e-10 * max(1, float(other.detach().abs().max())))
+
+
+@pytest.mark.parametrize("firing", ["independent", "sublattices"])
+def test_single_precision_stays_close_over_many_steps(spatial_dims, firing, monkeypatch):
+    settings = {"fire_rate": 0.5, "firing": firing, "steps": 64}
+    automaton = new_automaton(spatial_dims, **settings).float()
+    torch.nn.init.normal_(automaton.update.weight, std=0.02)
+    image, cells = torch.rand(1, 5, *[12] * spatial_dims).split([2, 3], 1)
+    start = torch.zeros(1, spatial_dims, dtype=torch.int64)
+    with torch.no_grad():
+        fast = automaton(image, cells, torch.tensor([3]), start)
+        monkeypatch.setattr("mednca_monai.automaton.is_traced", lambda: True)
+        plain = automaton(image, cells, torch.tensor([3]), start)
+    assert not fast.isclose(cells, atol=0.1).all()
+    assert_close(fast, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("segment_steps", [1, 3, 10])
+def test_training_keeps_the_cells_of_every_segment_and_no_more(spatial_dims, segment_steps):
+    automaton = make_automaton(spatial_dims, steps=10, segment_steps=segment_steps)
+    image, cells = make_state([6] * spatial_dims).split([2, 3], 1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        automaton(image, cells, torch.tensor([1, 2]), torch.zeros(1, spatial_dims).long())
+    assert kept.count(cells.shape) == -(-10 // segment_steps)
+    assert kept.count(image.shape) == 1
+    assert not any(shape[:2] == (2, 8) for shape in kept)  # no hidden layer
+
+
+def test_the_backward_pass_leaves_running_statistics_alone(spatial_dims):
+    automaton = make_automaton(spatial_dims, norm="batch", steps=4, segment_steps=3)
+    after = run(automaton, make_state([6] * spatial_dims))
+    statistics = [buffer.clone() for buffer in automaton.norm.buffers()]
+    after.sum().backward()
+    assert all(a.equal(b) for a, b in zip(statistics, automaton.norm.buffers(), strict=True))

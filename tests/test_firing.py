@@ -5,7 +5,15 @@ from itertools import combinations, pairwise, product
 import pytest
 import torch
 
-from mednca_monai.firing import absorb, independent_fires, step_digest, sublattice_fires
+from mednca_monai.firing import (
+    absorb,
+    drawn_sublattices,
+    independent_fires,
+    row_digests,
+    step_digests,
+    sublattice_fires,
+    sublattice_firsts,
+)
 
 HALF = 2**31
 SEEDS = [0, 1, 7, -1, -(2**40) - 3, 2**32, 2**62 + 5]
@@ -33,14 +41,21 @@ def plain_words(seed, level, step):
     return seed % 2**32, seed // 2**32 % 2**32, level, step
 
 
+def fires_at(digests, start, size, threshold=HALF):
+    """Mask of the last of some steps."""
+    rows = row_digests(digests, start[:, 0], size[0])[-1]
+    return independent_fires(rows, start[:, 1:], size[1:], threshold)
+
+
 def independent(seed, level, step, size, threshold=HALF):
     start = torch.zeros(1, len(size), dtype=torch.int64)
-    return independent_fires(step_digest(torch.tensor([seed]), level, step), start, size, threshold)
+    return fires_at(step_digests(torch.tensor([seed]), level, step + 1), start, size, threshold)
 
 
 def sublattices(seed, level, step, size):
     start = torch.zeros(1, len(size), dtype=torch.int64)
-    return sublattice_fires(step_digest(torch.tensor([seed]), level, step), start, size)
+    digest = step_digests(torch.tensor([seed]), level, step + 1)[step]
+    return sublattice_fires(drawn_sublattices(digest, len(size))[0], start, size)
 
 
 def drawn(mask):
@@ -70,7 +85,7 @@ def test_absorbing_equals_the_formula_on_plain_integers():
     ],
 )
 def test_the_digest_of_a_step_has_known_values(seed, level, step, digest):
-    assert int(step_digest(torch.tensor([seed]), level, step)) == digest
+    assert int(step_digests(torch.tensor([seed]), level, step + 1)[step]) == digest
 
 
 def test_masks_have_known_values():
@@ -90,7 +105,7 @@ def test_a_cell_fires_where_the_digest_of_its_position_is_below_the_threshold(sp
     start = torch.tensor(starts)[:, :spatial_dims]
     for seed, level, step in product(SEEDS, (0, 2), (0, 63)):
         seeds = torch.tensor([seed, 123][: len(start)])
-        fires = independent_fires(step_digest(seeds, level, step), start, size, threshold)
+        fires = fires_at(step_digests(seeds, level, step + 1), start, size, threshold)
         assert fires.shape == (len(start), 1, *size)
         for item, cell in product(range(len(start)), product(*map(range, size))):
             position = [a + i for a, i in zip(start[item].tolist(), cell, strict=True)]
@@ -100,10 +115,10 @@ def test_a_cell_fires_where_the_digest_of_its_position_is_below_the_threshold(sp
 
 def test_one_seed_serves_a_batch_of_places(spatial_dims):
     start = torch.tensor([[3, 2, 1], [0, 9, 4]])[:, :spatial_dims]
-    digest = step_digest(torch.tensor([5]), 0, 0)
-    fires = independent_fires(digest, start, [4] * spatial_dims, HALF)
+    digests = step_digests(torch.tensor([5]), 0, 1)
+    fires = fires_at(digests, start, [4] * spatial_dims)
     for item, place in zip(fires, start, strict=True):
-        assert item.equal(independent_fires(digest, place[None], [4] * spatial_dims, HALF)[0])
+        assert item.equal(fires_at(digests, place[None], [4] * spatial_dims)[0])
 
 
 @pytest.mark.parametrize("fire_rate", [0.01, 0.1, 0.25, 0.5, 0.9])
@@ -143,14 +158,22 @@ def test_the_sublattices_with_the_smallest_draws_fire(spatial_dims):
     size, half = [4, 3, 5][:spatial_dims], 2**spatial_dims // 2
     start = torch.tensor([[5, 2, 8], [0, 1, 3]])[:, :spatial_dims]
     for seed, step in product(SEEDS, range(5)):
-        digest = step_digest(torch.tensor([seed, 99]), 1, step)
-        fires = sublattice_fires(digest, start, size)
+        digest = step_digests(torch.tensor([seed]), 1, step + 1)[step]
+        fires = sublattice_fires(drawn_sublattices(digest, spatial_dims)[0], start, size)
         words = plain_words(seed, 1, step)
         draws = [plain_digest(*words, number) for number in range(2**spatial_dims)]
         for item, cell in product(range(2), product(*map(range, size))):
             parities = [(a + i) % 2 for a, i in zip(start[item].tolist(), cell, strict=True)]
             number = sum(parity * 2**axis for axis, parity in enumerate(parities))
             assert bool(fires[(item, 0, *cell)]) == (draws[number] in sorted(draws)[:half])
+
+
+def test_the_first_cells_of_sublattices_lie_where_their_masks_begin(spatial_dims):
+    drawn = drawn_sublattices(step_digests(torch.tensor([7]), 1, 9)[:, 0], spatial_dims)
+    for start in (torch.tensor([place]) for place in product([2, 3], repeat=spatial_dims)):
+        for step, firsts in enumerate(sublattice_firsts(drawn, start[0] & 1)):
+            fires = sublattice_fires(drawn[step], start, [2] * spatial_dims)
+            assert sorted(firsts) == fires[0, 0].nonzero().tolist()
 
 
 def test_exactly_half_of_the_sublattices_fire_each_half_equally_often(spatial_dims):

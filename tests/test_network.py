@@ -101,13 +101,13 @@ def test_image_channels_never_change(make_network, spatial_dims, size, settings)
     network = make_network(spatial_dims, in_channels=3, out_channels=2, **settings)
     seen = []
     for level in network.levels:
-        level.register_forward_hook(lambda _, inputs, state: seen.append((inputs[0], state)))
+        level.register_forward_hook(lambda _, inputs, cells: seen.append((inputs, cells)))
     image = make_image(size, channels=3)
     network(image)
-    assert seen[-1][1][:, :3].equal(image)
-    for before, after in seen:
-        assert before[:, :3].equal(after[:, :3])
-        assert not before[:, 3:].equal(after[:, 3:])
+    assert seen[-1][0][0].equal(image)
+    for (_, before, *_), after in seen:
+        assert after.shape == before.shape
+        assert not after.equal(before)
 
 
 def test_every_level_has_its_own_weights_and_all_get_a_gradient(
@@ -254,7 +254,7 @@ def test_levels_fire_differently(make_network, spatial_dims):
     fired = []
     for level in network.levels:
         level.register_forward_hook(
-            lambda _, inputs, state: fired.append((inputs[0] != state).any(1))
+            lambda _, inputs, cells: fired.append((inputs[1] != cells).any(1))
         )
     network(make_image([9] * spatial_dims))
     assert not fired[0].equal(fired[1])
@@ -356,6 +356,7 @@ def test_weights_make_a_round_trip(make_network, spatial_dims, settings, tmp_pat
         ({"num_channels": 3}, r"`num_channels` must be an integer of at least 4, got 3\."),
         ({"hidden_size": 0}, r"`hidden_size` must be an integer of at least 1, got 0\."),
         ({"num_levels": 0}, r"`num_levels` must be an integer of at least 1, got 0\."),
+        ({"segment_steps": 0}, r"`segment_steps` must be an integer of at least 1, got 0\."),
         ({"steps": 0}, r"`steps` must be an integer of at least 1, got 0\."),
         ({"steps": 4.0}, r"`steps` must be an integer of at least 1, got 4\.0\."),
         ({"steps": (4, "8")}, r"`steps` must be an integer of at least 1, got '8'\."),

@@ -103,7 +103,9 @@ def test_the_papers_networks_compute_the_stored_states_and_logits(shared, case, 
     network.load_state_dict(convert_reference_state_dict(levels))
     states = []
     for level in network.levels:
-        level.register_forward_hook(lambda _, inputs, state: states.append(state))
+        level.register_forward_hook(
+            lambda _, inputs, cells: states.append(torch.cat([inputs[0], cells], 1))
+        )
     with torch.no_grad():
         logits = network(torch.from_numpy(stored["image"]).movedim(-1, 1))
     results = {"level0_state": states[0], "level1_state": states[1], "logits": logits}

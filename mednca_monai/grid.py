@@ -1,0 +1,124 @@
+"""Cells on a grid: mirrored borders, the inside of a padded state, sublattices, blocks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Cells of a padded batch that are updated together: some rows of some items.
+
+    Attributes:
+        item: first item of the batch.
+        items: how many.
+        row: first cell along the first spatial axis, not counting the border.
+        rows: how many.
+    """
+
+    item: int
+    items: int
+    row: int
+    rows: int
+
+
+def mirrored(position: int, length: int) -> int:
+    """Cell of an axis that ``position`` stands for, as ``numpy.pad(mode="reflect")`` has it."""
+    period = max(2 * (length - 1), 1)
+    return min(position % period, period - position % period)
+
+
+def reflect_pad(state: Tensor, radius: int) -> Tensor:
+    """Pad every spatial axis by ``radius`` cells as ``numpy.pad(mode="reflect")`` does.
+
+    An axis shorter than the radius is reflected repeatedly, one of length 1 is repeated;
+    ``torch.nn.functional.pad`` does neither.
+
+    Args:
+        state: ``(B, C, *spatial)``.
+        radius: cells added on each side.
+
+    Returns:
+        ``(B, C, *(n + 2 * radius for n in spatial))``.
+
+    Example:
+        >>> reflect_pad(torch.arange(3.0).view(1, 1, 3), 4).flatten().tolist()
+        [0.0, 1.0, 2.0, 1.0, 0.0, 1.0, 2.0, 1.0, 0.0, 1.0, 2.0]
+    """
+    for axis in range(2, state.dim()):
+        length = state.shape[axis]
+        positions = torch.arange(-radius, length + radius, device=state.device)
+        period = max(2 * (length - 1), 1)
+        positions = positions % period
+        state = state.index_select(axis, torch.minimum(positions, period - positions))
+    return state
+
+
+def reflect(padded: Tensor, radius: int) -> None:
+    """Make the border of a padded state the mirror image of its inside, in place."""
+    for axis in range(2, padded.dim()):
+        length = padded.shape[axis] - 2 * radius
+        for i in list(range(-radius, 0)) + list(range(length, length + radius)):
+            source = padded.narrow(axis, radius + mirrored(i, length), 1)
+            padded.narrow(axis, radius + i, 1).copy_(source)
+
+
+def unreflect(padded: Tensor, radius: int) -> None:
+    """Add the border to the cells that it mirrors, in place: the adjoint of `reflect`."""
+    for axis in range(padded.dim() - 1, 1, -1):
+        length = padded.shape[axis] - 2 * radius
+        for i in list(range(-radius, 0)) + list(range(length, length + radius)):
+            border = padded.narrow(axis, radius + i, 1)
+            padded.narrow(axis, radius + mirrored(i, length), 1).add_(border)
+            border.zero_()
+
+
+def interior(padded: Tensor, radius: int) -> Tensor:
+    """View of a padded state without its border."""
+    for axis in range(2, padded.dim()):
+        padded = padded.narrow(axis, radius, padded.shape[axis] - 2 * radius)
+    return padded
+
+
+def lattice(state: Tensor, first: list[int], stride: int) -> Tensor:
+    """View of every ``stride``-th cell along each axis, from cell ``first`` on."""
+    state = state[:, :, first[0] :: stride, first[1] :: stride]
+    if len(first) == 3:
+        state = state[:, :, :, :, first[2] :: stride]
+    return state
+
+
+def part(padded: Tensor, block: Block, radius: int) -> Tensor:
+    """View of a block with its border."""
+    items = padded.narrow(0, block.item, block.items)
+    return items.narrow(2, block.row, block.rows + 2 * radius)
+
+
+def blocks(shape: list[int], radius: int, cells: int) -> list[Block]:
+    """Cut a batch into blocks of about ``cells`` cells: several items, or rows of one item.
+
+    Blocks of rows start at even rows and are no lower than ``radius``.
+
+    Args:
+        shape: of the batch without borders, ``(B, C, *spatial)``.
+        radius: of the neighbourhood.
+        cells: at least 1.
+
+    Example:
+        >>> blocks([1, 16, 5, 100], radius=1, cells=250)
+        [Block(item=0, items=1, row=0, rows=2), Block(item=0, items=1, row=2, rows=2), \
+Block(item=0, items=1, row=4, rows=1)]
+    """
+    row = 1
+    for length in shape[3:]:
+        row *= length
+    items = max(cells // (row * shape[2]), 1)
+    rows = shape[2]
+    if row * shape[2] > cells:
+        rows = max(cells // row, radius + 1, 2) // 2 * 2
+    result: list[Block] = []
+    for item in range(0, shape[0], items):
+        for first in range(0, shape[2], rows):
+            size = min(items, shape[0] - item), min(rows, shape[2] - first)
+            result.append(Block(item, size[0], first, size[1]))
+    return result
