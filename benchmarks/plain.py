@@ -20,8 +20,10 @@ class PlainAutomaton(nn.Module):
         steps: int,
         kernel_size: int,
         depthwise: bool,
+        in_order: bool,
     ) -> None:
         super().__init__()
+        self.in_order = in_order
         convolution = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         settings = {"padding": kernel_size // 2, "padding_mode": "reflect"}
         settings["groups"] = num_channels if depthwise else 1
@@ -35,13 +37,21 @@ class PlainAutomaton(nn.Module):
         self.update = nn.Linear(hidden_size, num_channels, bias=False)
         self.steps = steps
 
+    def channels_first(self, x: Tensor) -> Tensor:
+        """``(B, *spatial, C)`` to ``(B, C, *spatial)``; the released code swaps spatial axes."""
+        return x.movedim(-1, 1) if self.in_order else x.transpose(1, -1)
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return x.movedim(1, -1) if self.in_order else x.transpose(1, -1)
+
     def step(self, state: Tensor) -> Tensor:
         """Update each cell with probability one half."""
-        x = state.transpose(1, -1)
+        x = self.channels_first(state)
         x = torch.cat([x] + [convolution(x) for convolution in self.convolutions], 1)
-        x = self.hidden(x.transpose(1, -1))
+        x = self.hidden(self.channels_last(x))
         if self.norm is not None:
-            x = self.norm(x.transpose(1, -1)).transpose(1, -1)
+            x = self.channels_last(self.norm(self.channels_first(x)))
         change = self.update(nn.functional.relu(x))
         fires = (torch.rand(*change.shape[:-1], 1) > 0.5).to(change)
         return state + change * fires
@@ -66,13 +76,20 @@ class PlainMedNCA(nn.Module):
         kernel_size: tuple[int, int] = (3, 3),
         scale_factor: tuple[int, ...] = (4, 4),
         depthwise: bool = False,
+        in_order: bool = False,
     ) -> None:
         super().__init__()
         self.num_channels = num_channels
         self.scale_factor = scale_factor
         self.levels = nn.ModuleList(
             PlainAutomaton(
-                spatial_dims, num_channels, hidden_size, steps[i], kernel_size[i], depthwise
+                spatial_dims,
+                num_channels,
+                hidden_size,
+                steps[i],
+                kernel_size[i],
+                depthwise,
+                in_order,
             )
             for i in range(2)
         )

@@ -1,0 +1,29 @@
+"""What the benchmarks share: memory of this process and interleaved timing."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def peak() -> float:
+    """Peak resident memory of this process so far in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident() -> float:
+    """Resident memory of this process in MiB (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def interleaved(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each case; the cases take turns, after one call of each to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(repeats + 1):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,0 +1,49 @@
+"""Memory and time of whole and tiled images by size; each case in a fresh process.
+
+16 channels, hidden layer 64, 16 + 16 steps, one image channel, one logit, float32. The memory is
+the peak over what the process holds before the call, without the logits.
+
+Run: python benchmarks/memory.py [size ...]
+"""
+
+import multiprocessing
+import sys
+import time
+
+import torch
+from measure import peak, resident
+
+from mednca_monai import MedNCA, TiledInferer
+
+SIZES = [512, 1024, 2048, 4096]
+LARGEST_WHOLE = 4096  # larger images are run in tiles only
+TILE = 1024
+
+
+def case(size: int, tiled: bool) -> tuple[float, float, float]:
+    """Seconds, MiB beyond input and output, and MiB of the whole process."""
+    torch.manual_seed(0)
+    network = MedNCA(2, 1, 1, num_channels=16, hidden_size=64, steps=16).eval()
+    for level in network.levels:
+        torch.nn.init.normal_(level.update.weight, std=0.02)
+    inferer = TiledInferer(TILE)
+    with torch.no_grad():
+        network(torch.rand(1, 1, 64, 64))
+        image = torch.rand(1, 1, size, size)
+        before, start = resident(), time.perf_counter()
+        logits = inferer(image, network) if tiled else network(image)
+        seconds = time.perf_counter() - start
+    return seconds, peak() - before - logits.numel() * 4 / 2**20, peak()
+
+
+if __name__ == "__main__":
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, tiles of {TILE}")
+    print("| image | way | seconds | MiB more | bytes per pixel | MiB in all |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for size in [int(word) for word in sys.argv[1:]] or SIZES:
+        for tiled in (False, True):
+            if tiled or size <= LARGEST_WHOLE:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    seconds, more, whole = pool.apply(case, (size, tiled))
+                row = f"{size}² | {'tiled' if tiled else 'whole'} | {seconds:.2f} | {more:.0f}"
+                print(f"| {row} | {more * 2**20 / size**2:.0f} | {whole:.0f} |", flush=True)
