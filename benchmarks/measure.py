@@ -1,10 +1,12 @@
-"""What the benchmarks share: memory of this process and interleaved timing."""
+"""What the benchmarks share: memory of this process, fresh processes, and interleaved timing."""
 
+import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def peak() -> float:
@@ -15,6 +17,12 @@ def peak() -> float:
 def resident() -> float:
     """Resident memory of this process in MiB (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def alone(function: Callable[..., Any], *arguments: object) -> Any:
+    """What a function returns in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def interleaved(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

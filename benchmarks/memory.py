@@ -6,18 +6,17 @@ the peak over what the process holds before the call, without the logits.
 Run: python benchmarks/memory.py [size ...]
 """
 
-import multiprocessing
 import sys
 import time
 
 import torch
-from measure import peak, resident
+from measure import alone, peak, resident
 
 from mednca_monai import MedNCA, TiledInferer
 
-SIZES = [512, 1024, 2048, 4096]
+SIZES = [512, 1024, 2048, 4096, 8192, 16384]
 LARGEST_WHOLE = 4096  # larger images are run in tiles only
-TILE = 1024
+TILE = 512
 
 
 def case(size: int, tiled: bool) -> tuple[float, float, float]:
@@ -37,13 +36,12 @@ def case(size: int, tiled: bool) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, tiles of {TILE}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, tiles of {TILE}²")
     print("| image | way | seconds | MiB more | bytes per pixel | MiB in all |")
     print("| --- | --- | --- | --- | --- | --- |")
     for size in [int(word) for word in sys.argv[1:]] or SIZES:
         for tiled in (False, True):
             if tiled or size <= LARGEST_WHOLE:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    seconds, more, whole = pool.apply(case, (size, tiled))
+                seconds, more, whole = alone(case, size, tiled)
                 row = f"{size}² | {'tiled' if tiled else 'whole'} | {seconds:.2f} | {more:.0f}"
                 print(f"| {row} | {more * 2**20 / size**2:.0f} | {whole:.0f} |", flush=True)

@@ -94,7 +94,9 @@ class PlainMedNCA(nn.Module):
             for i in range(2)
         )
 
-    def forward(self, image: Tensor, start: list[list[int]] | None = None, size: int = 0) -> Tensor:
+    def forward(
+        self, image: Tensor, start: list[list[int]] | None = None, size: tuple[int, ...] = ()
+    ) -> Tensor:
         """Logits ``(B, 1, *spatial)``, or of one patch per image, of ``size`` from ``start`` on."""
         pool = nn.functional.avg_pool2d if image.dim() == 4 else nn.functional.avg_pool3d
         coarse = pool(image, self.scale_factor).movedim(1, -1)
@@ -104,6 +106,7 @@ class PlainMedNCA(nn.Module):
             state = state.repeat_interleave(factor, axis)
         state = torch.cat([image, state[:, 1:]], 1)
         if start is not None:
-            boxes = [(slice(None), *(slice(a, a + size) for a in place)) for place in start]
+            ends = [[a + n for a, n in zip(place, size, strict=True)] for place in start]
+            boxes = [(slice(None), *map(slice, *place)) for place in zip(start, ends, strict=True)]
             state = torch.stack([x[box] for x, box in zip(state, boxes, strict=True)])
         return self.levels[1](state.movedim(1, -1)).movedim(-1, 1)[:, 1:2]

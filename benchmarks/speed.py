@@ -67,7 +67,7 @@ def train(network: nn.Module, image: Tensor, patch: int) -> Callable[[], object]
         network.train()
         if isinstance(network, PlainMedNCA):
             start = torch.randint(image.shape[-1] - patch + 1, (len(image), 2)).tolist()
-            logits = network(image, start, patch)
+            logits = network(image, start, (patch, patch))
         else:
             logits = RandomPatchInferer(patch)(image, network)
         logits.square().mean().backward()
