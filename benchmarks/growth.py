@@ -29,7 +29,7 @@ FACTORS = {
     "batch": [1, 2, 4, 8],
     "levels": [1 / 2, 1, 3 / 2],
 }
-REPEATS = 5
+REPEATS = 3
 
 
 def build(setting: dict[str, int], firing: str) -> tuple[nn.Module, torch.Tensor, float, float]:

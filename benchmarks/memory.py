@@ -3,20 +3,23 @@
 16 channels, hidden layer 64, 16 + 16 steps, one image channel, one logit, float32. The memory is
 the peak over what the process holds before the call, without the logits.
 
-Run: python benchmarks/memory.py [size ...]
+Run: python benchmarks/memory.py [picture.png]
 """
 
 import sys
 import time
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import torch
 from measure import alone, peak, resident
 
 from mednca_monai import MedNCA, TiledInferer
 
+mpl.use("Agg")
 SIZES = [512, 1024, 2048, 4096, 8192, 16384]
 LARGEST_WHOLE = 4096  # larger images are run in tiles only
-TILE = 512
+TILE = 1024
 
 
 def case(size: int, tiled: bool) -> tuple[float, float, float]:
@@ -35,13 +38,28 @@ def case(size: int, tiled: bool) -> tuple[float, float, float]:
     return seconds, peak() - before - logits.numel() * 4 / 2**20, peak()
 
 
+def plot(found: dict[bool, dict[int, float]], path: str) -> None:
+    """Save a picture of the memory by size."""
+    figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
+    for tiled, memory in found.items():
+        label = f"tiles of {TILE}²" if tiled else "whole"
+        axis.loglog(list(memory), list(memory.values()), "o-", base=2, label=label)
+    axis.set(xlabel="image width and height", ylabel="MiB beyond input and output")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, tiles of {TILE}²")
     print("| image | way | seconds | MiB more | bytes per pixel | MiB in all |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for size in [int(word) for word in sys.argv[1:]] or SIZES:
-        for tiled in (False, True):
+    found: dict[bool, dict[int, float]] = {False: {}, True: {}}
+    for size in SIZES:
+        for tiled in found:
             if tiled or size <= LARGEST_WHOLE:
                 seconds, more, whole = alone(case, size, tiled)
+                found[tiled][size] = more
                 row = f"{size}² | {'tiled' if tiled else 'whole'} | {seconds:.2f} | {more:.0f}"
                 print(f"| {row} | {more * 2**20 / size**2:.0f} | {whole:.0f} |", flush=True)
+    plot(found, sys.argv[1] if len(sys.argv) > 1 else "memory.png")

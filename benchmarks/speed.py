@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mednca_monai import MedNCA, RandomPatchInferer
 
-REPEATS = 5
+REPEATS = 3
 
 
 def peers() -> dict[str, nn.Module]:

@@ -62,7 +62,7 @@ class CellularAutomaton(nn.Module):
     Perception and the first dense layer are both linear: with dense perception they run as one
     convolution, folded anew in each `forward`, while the weights stay separate parameters. A step
     works in place, one cache-sized block of cells after the other and, where that pays, on the
-    firing cells only. Training keeps the state of every ``kept_steps``-th step and computes the
+    firing cells only. Training keeps the state of every ``segment_steps``-th step and computes the
     rest again in the backward pass, which cannot itself be differentiated.
 
     Reference:
@@ -410,7 +410,8 @@ class Trajectory(torch.autograd.Function):
             for step in range(start, last):
                 own.copy_(segment[-1])
                 reflect(padded, automaton.radius)
-                automaton.advance(padded, ctx.firing, step, rule, ctx.blocks)
+                with torch.autocast(*ctx.autocast):
+                    automaton.advance(padded, ctx.firing, step, rule, ctx.blocks)
                 segment.append(own.clone())
             for step in range(last, start - 1, -1):
                 own.copy_(segment.pop())

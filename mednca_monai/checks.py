@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -22,7 +23,7 @@ def check_ints(name: str, value: int | Sequence[int], count: int, of: str) -> li
 
 def check_finite(inputs: Tensor) -> None:
     """Raise ValueError where an image holds NaN or infinite values."""
-    parts = inputs.flatten().split(2**20)  # a mask of a whole image could be as large as it
+    parts = torch.split(inputs.flatten(), 2**20)  # a mask of a whole image could be as large as it
     count = sum(int((~part.isfinite()).sum()) for part in parts)
     if count > 0:
         raise ValueError(f"`inputs` must be finite, got {count} NaN or infinite values.")

@@ -48,7 +48,8 @@ def reflect_pad(state: Tensor, radius: int) -> Tensor:
     for axis in range(2, state.dim()):
         length = state.shape[axis]
         positions = torch.arange(-radius, length + radius, device=state.device)
-        period = max(2 * (length - 1), 1)
+        # a tensor, since the ONNX exporter takes no remainder by a size that it does not know
+        period = (2 * (positions[-1:] - radius)).clamp_min(1)
         positions = positions % period
         state = state.index_select(axis, torch.minimum(positions, period - positions))
     return state

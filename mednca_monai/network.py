@@ -272,6 +272,8 @@ class MedNCA(nn.Module):
                 f"`image` must have {self.spatial_dims + 2} axes (batch, channel, "
                 f"{self.spatial_dims} spatial), got shape {list(image.shape)}."
             )
+        if not image.is_floating_point():
+            raise ValueError(f"`image` must be floating point, got {image.dtype}.")
         if image.shape[1] != self.in_channels:
             raise ValueError(
                 f"`image` must have {self.in_channels} channels, got shape {list(image.shape)}."

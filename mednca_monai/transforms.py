@@ -1,4 +1,4 @@
-"""Checks of what a bundle reads, and a writer that keeps the shape of what it writes."""
+"""Checks of what a bundle reads, MONAI's resampling made safe, and a writer that keeps shapes."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from monai.config.type_definitions import KeysCollection
 from monai.data.image_writer import NibabelWriter
 from monai.data.meta_tensor import MetaTensor
+from monai.transforms.spatial.dictionary import Spacingd
 from monai.transforms.transform import MapTransform
 from torch import Tensor
 
@@ -17,8 +18,7 @@ class CheckImaged(MapTransform):
 
     Args:
         keys: of channel-first images, ``(C, *spatial)``.
-        spatial_dims: number of spatial axes they must have; a 2-D network that segments volumes
-            slice by slice is given volumes.
+        spatial_dims: number of spatial axes they must have.
         in_channels: number of channels they must have.
     """
 
@@ -96,6 +96,30 @@ class CheckLabeld(MapTransform):
                     f"got {float(label[~known][0])} in '{name}'."
                 )
         return dict(data)
+
+
+class ResampleSpacingd(Spacingd):
+    """``Spacingd`` that sees its keys only.
+
+    The stock one of MONAI 1.6 takes the value of every key that starts with ``image_``, such as
+    ``image_path``, for meta data of ``image`` and fails on a string. Arguments are those of
+    ``monai.transforms.Spacingd``.
+
+    Raises:
+        ValueError: where ``pixdim`` is not three numbers above 0.
+    """
+
+    def __init__(self, keys: KeysCollection, pixdim: Sequence[float], **arguments: Any) -> None:
+        if len(pixdim) != 3 or not all(0 < size < float("inf") for size in pixdim):
+            raise ValueError(f"`pixdim` must be 3 numbers above 0, got {pixdim!r}.")
+        super().__init__(keys, pixdim, **arguments)
+
+    def __call__(
+        self, data: Mapping[Hashable, Tensor], lazy: bool | None = None
+    ) -> dict[Hashable, Tensor]:
+        """Return ``data`` with its keys resampled."""
+        own = {key: data[key] for key in self.key_iterator(dict(data))}
+        return {**data, **super().__call__(own, lazy)}
 
 
 class VolumeWriter(NibabelWriter):

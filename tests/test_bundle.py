@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[1]
 BUNDLE_COMMAND = ["-m", "monai.bundle", "run"]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 STEPS, CHANNELS = 4, 8
-FAST = {"network_def#steps": STEPS, "network_def#num_channels": CHANNELS, "image_size": [16, 16]}
+FAST = {"network_def#steps": STEPS, "network_def#num_channels": CHANNELS}
 FAST_TRAINING = {
     **FAST,
-    "roi_size": [8, 8],
-    "slices_per_volume": 2,
+    "crop_size": [12, 16, 12],
+    "roi_size": [8, 8, 8],
     "max_epochs": 12,
     "val_interval": 1,
     "learning_rate": 0.02,
@@ -96,7 +96,7 @@ def dataset(tmp_path_factory):
 def weights():
     """State of the small network, as no training leaves it: it tells its classes apart."""
     torch.manual_seed(1)
-    network = MedNCA(2, 1, 3, num_channels=CHANNELS, hidden_size=64, steps=STEPS)
+    network = MedNCA(3, 1, 3, num_channels=CHANNELS, hidden_size=96, steps=STEPS)
     for level in network.levels:
         torch.nn.init.normal_(level.update.weight, std=0.1)
     return network.state_dict()
@@ -228,7 +228,7 @@ def test_a_first_run_makes_its_own_data(succeed, bundle, tmp_path):
 def test_training_keeps_the_best_and_the_last_state(trained):
     states = read_states(trained)
     assert list(states) == ["best.pt", "last.pt"]
-    network = MedNCA(2, 1, 3, num_channels=CHANNELS, hidden_size=64, steps=STEPS)
+    network = MedNCA(3, 1, 3, num_channels=CHANNELS, hidden_size=96, steps=STEPS)
     network.load_state_dict(states["best.pt"])
     averaged = AveragedModel(network)
     averaged.load_state_dict(states["last.pt"]["ema"])
@@ -436,7 +436,7 @@ def test_two_processes_train_together(succeed, dataset, tmp_path):
     )
     states = read_states(tmp_path)
     assert states["last.pt"]["trainer"] == {"epoch": 1, "iteration": 1}
-    network = MedNCA(2, 1, 3, num_channels=CHANNELS, hidden_size=64, steps=STEPS)
+    network = MedNCA(3, 1, 3, num_channels=CHANNELS, hidden_size=96, steps=STEPS)
     network.load_state_dict(states["best.pt"])
 
 

@@ -279,7 +279,7 @@ def test_other_precisions_are_close_to_double(
 def test_bfloat16_autocast_trains_and_is_close_to_double(
     make_network, spatial_dims, size, settings
 ):
-    network, image = make_network(spatial_dims, **settings), make_image(size)
+    network, image = make_network(spatial_dims, **settings, segment_steps=2), make_image(size)
     expected = network(image)
     network.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -408,15 +408,31 @@ def test_forward_refuses_wrong_arguments(make_network, image, seed, message):
         make_network(2).float()(image, seed)
 
 
-def test_an_exported_onnx_graph_gives_the_same_logits(make_network, spatial_dims, tmp_path):
+def test_an_exported_onnx_graph_gives_the_same_logits_at_any_size(
+    make_network, spatial_dims, tmp_path
+):
     onnxruntime = pytest.importorskip("onnxruntime")
     network = make_network(spatial_dims, steps=2).float().eval()
-    image = torch.rand([1, network.in_channels, 9, 7, 6][: 2 + spatial_dims])
+    sizes = [(2, 9, 7, 6), (1, 5, 30, 4), (3, 2, 4, 1)]
+    images = [
+        torch.rand([batch, network.in_channels, *size[:spatial_dims]]) for batch, *size in sizes
+    ]
     path = tmp_path / "network.onnx"
+    free = {0: "batch", **{axis + 2: f"size_{axis}" for axis in range(spatial_dims)}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts
-        torch.onnx.export(network, (image,), path, opset_version=18, verbose=False)
+        torch.onnx.export(
+            network,
+            (images[0],),
+            path,
+            opset_version=18,
+            dynamo=True,
+            input_names=["image"],
+            dynamic_axes={"image": free},
+            verbose=False,
+        )
     session = onnxruntime.InferenceSession(path)
-    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    with torch.no_grad():
-        assert_close(torch.from_numpy(logits), network(image), rtol=0, atol=1e-5)
+    for image in images:
+        (logits,) = session.run(None, {"image": image.numpy()})
+        with torch.no_grad():
+            assert_close(torch.from_numpy(logits), network(image), rtol=0, atol=1e-5)

@@ -5,7 +5,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import SaveImage
 
-from mednca_monai.transforms import CheckImaged, CheckLabeld, VolumeWriter
+from mednca_monai.transforms import CheckImaged, CheckLabeld, ResampleSpacingd, VolumeWriter
 
 
 def image(*shape, value=1.0):
@@ -109,3 +109,20 @@ def test_a_label_that_lies_elsewhere_than_its_image_is_refused():
     label.affine[0, 3] = 7
     with pytest.raises(ValueError, match=r"`label` must have the image's affine, got .* by 7 in"):
         CheckLabeld("label", "image", out_channels=3)({"image": image(3, 4, 5), "label": label})
+
+
+def test_resampling_looks_at_its_keys_only():
+    data = {"image": image(1, 5, 4, 3), "image_path": "scans/patient_7.nii.gz", "label": None}
+    resampled = ResampleSpacingd("image", pixdim=[0.5, 1.0, 2.0], mode="bilinear")(data)
+    assert list(resampled) == list(data)
+    assert list(resampled["image"].shape) == [1, 9, 4, 2]
+    assert {key: resampled[key] for key in ("image_path", "label")} == {
+        "image_path": "scans/patient_7.nii.gz",
+        "label": None,
+    }
+
+
+@pytest.mark.parametrize("pixdim", [[1, 1], [1, 1, 0], [1, -1, 1], [1, 1, float("nan")]])
+def test_voxels_of_no_size_are_refused(pixdim):
+    with pytest.raises(ValueError, match="`pixdim` must be 3 numbers above 0, got"):
+        ResampleSpacingd("image", pixdim=pixdim)

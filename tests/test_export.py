@@ -1,0 +1,51 @@
+"""Exports of a bundle: TorchScript and ONNX give the network's logits at any size."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from mednca_monai.export import export
+
+BUNDLE = Path(__file__).parents[1] / "bundle"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A bundle whose network takes two steps, so that its export takes seconds."""
+    folder = tmp_path_factory.mktemp("bundle")
+    shutil.copytree(BUNDLE / "configs", folder / "configs")
+    config = json.loads((folder / "configs" / "inference.json").read_text())
+    config["network_def"]["steps"] = 1
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
+    network = ConfigParser(config).get_parsed_content("network_def").eval()
+    for level in network.levels:
+        torch.nn.init.normal_(level.update.weight, std=0.1)
+    (folder / "models").mkdir()
+    torch.save(network.state_dict(), folder / "models" / "model.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters, about their own parts
+        export(str(folder))
+    return folder / "models", network
+
+
+def test_exports_lie_beside_the_weights(bundle):
+    assert sorted(os.listdir(bundle[0])) == ["model.onnx", "model.pt", "model.ts"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9, 12, 10), (3, 1, 4, 1, 21)])
+def test_exports_give_the_networks_logits(bundle, shape):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    models, network = bundle
+    image = torch.rand(shape)
+    session = onnxruntime.InferenceSession(models / "model.onnx")
+    (by_onnx,) = session.run(["pred"], {"image": image.numpy()})
+    with torch.no_grad():
+        expected, scripted = network(image), torch.jit.load(models / "model.ts")(image)
+    torch.testing.assert_close(scripted, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(by_onnx), expected, rtol=0, atol=1e-5)
