@@ -63,9 +63,13 @@ def enlarge(state: Tensor, scale_factor: list[int]) -> Tensor:
 
 def crop(x: Tensor, region: Region) -> Tensor:
     """Cut ``region`` out of ``(B, C, *spatial)``, at its own place for each item of the batch."""
+    if len(region.start) == 1:  # without a copy
+        for axis, length in enumerate(region.size):
+            x = x.narrow(axis + 2, int(region.start[0, axis]), length)
+        return x
     items: list[Tensor] = []
     for i, item in enumerate(x):
-        start = region.start[i % len(region.start)]
+        start = region.start[i]
         for axis, length in enumerate(region.size):
             item = item.narrow(axis + 1, int(start[axis]), length)
         items.append(item)
