@@ -3,7 +3,7 @@
 For computers too small for torch; Python 3.10 or later. Reads the bundle's own weights and
 settings (3-D, dense perception, independent firing, no normalisation). Weights that end in .onnx
 are run by onnxruntime instead. Of an oblique scan whose voxels are not 1 mm, MONAI's resampling
-may align the centres instead of the first voxels; about 0.2 % of the labels differ then.
+may align the centres instead of the first voxels; some labels at borders differ then.
 
 Run: python scripts/segment.py image.nii.gz segmentation.nii.gz [--weights models/model.pt]
 """
@@ -136,8 +136,7 @@ def fold(weights: dict[str, Array], level: int) -> tuple[Array, Array, Array]:
     channels = update.shape[0]
     own, around = hidden[:, :channels], hidden[:, channels:]
     kernel = np.einsum("hp,pcxyz->xyzch", around, perception)
-    middle = tuple(n // 2 for n in kernel.shape[:3])
-    kernel[middle] += own.T
+    kernel[1, 1, 1] += own.T
     return kernel.reshape(-1, len(hidden)), hidden_bias + around @ bias, update.T
 
 
@@ -145,20 +144,17 @@ def run_level(image: Array, cells: Array, rule: tuple[Array, Array, Array], fire
     """Cells' own channels after all steps, both ``(*spatial, channels)``."""
     kernel, bias, update = rule
     channels, known = update.shape[1], image.shape[-1]
-    radius = round((len(kernel) / channels) ** (1 / 3)) // 2
-    width = [(radius, radius)] * 3 + [(0, 0)]
-    shape = image.shape[:3]
-    ravel = np.ravel_multi_index(
-        np.indices([2 * radius + 1] * 3).reshape(3, -1), [n + 2 * radius for n in shape]
-    )
+    width = [(1, 1)] * 3 + [(0, 0)]
+    padded_shape = [n + 2 for n in image.shape[:3]]
+    around_first = np.ravel_multi_index(np.indices([3] * 3).reshape(3, -1), padded_shape)
     state = np.concatenate([image, cells], -1)
     for mask in fired:
         padded = np.pad(state, width, mode="reflect").reshape(-1, channels)
         places = np.nonzero(mask)
-        first = np.ravel_multi_index(places, [n + 2 * radius for n in shape])
+        first = np.ravel_multi_index(places, padded_shape)
         change = np.empty((len(first), channels - known), np.float32)
         for i in range(0, len(first), CELLS):
-            around = padded[first[i : i + CELLS, None] + ravel]
+            around = padded[first[i : i + CELLS, None] + around_first]
             hidden = around.reshape(len(around), -1) @ kernel + bias
             np.maximum(hidden, 0, out=hidden)
             change[i : i + CELLS] = hidden @ update[:, known:]
