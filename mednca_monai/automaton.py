@@ -330,6 +330,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
 
 
+def autocast(x: Tensor) -> Tensor:
+    """As operations under autocast on the CPU would take it."""
+    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+
+
 def change_of_cells(
     window: Tensor, kernel: Tensor, bias: Tensor, update: Tensor, fires: Tensor
 ) -> Tensor:
@@ -347,6 +352,8 @@ def change_of_cells(
         for line in lines:
             offsets += [line + i for i in range(-radius, radius + 1)]
     states = window.movedim(1, -1).flatten(0, -2)
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        states = autocast(states)  # now, as the rows hold every state many times
     around = cells.unsqueeze(1) + torch.tensor(offsets)
     rows = states.index_select(0, around.flatten())
     rows = rows.view(cells.shape[0], len(offsets) * window.shape[1])

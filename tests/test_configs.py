@@ -26,7 +26,10 @@ CONFIGS = ROOT / "bundle" / "configs"
 WEIGHTS = ROOT / "bundle" / "models" / "model.pt"
 ALONE = ["inference.json", "metadata.json", "split.json", "train.json"]
 # what an overlay is laid over; train.json, where it is not named here
-BASES = {"multi_gpu_evaluate.json": ["train.json", "evaluate.json"]}
+BASES = {
+    "inference_ts.json": ["inference.json"],
+    "multi_gpu_evaluate.json": ["train.json", "evaluate.json"],
+}
 OVERLAYS = sorted(path.name for path in CONFIGS.glob("*.json") if path.name not in ALONE)
 
 
@@ -209,8 +212,9 @@ def dataset(tmp_path):
         (["train.json"], "train", TrainProperties),
         (["train.json", "evaluate.json"], "train", TrainProperties),
         (["inference.json"], "infer", InferProperties),
+        (["inference.json", "inference_ts.json"], "infer", InferProperties),
     ],
-    ids=["train", "evaluate", "inference"],
+    ids=["train", "evaluate", "inference", "inference_ts"],
 )
 def test_a_workflow_has_all_properties_that_monai_knows(
     files, workflow_type, properties, dataset, tmp_path

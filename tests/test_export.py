@@ -6,9 +6,11 @@ import shutil
 import warnings
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from mednca_monai.export import export
 
@@ -18,6 +20,7 @@ BUNDLE = Path(__file__).parents[1] / "bundle"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """A bundle whose network takes two steps, so that its export takes seconds."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("bundle")
     shutil.copytree(BUNDLE / "configs", folder / "configs")
     config = json.loads((folder / "configs" / "inference.json").read_text())
@@ -49,3 +52,26 @@ def test_exports_give_the_networks_logits(bundle, shape):
         expected, scripted = network(image), torch.jit.load(models / "model.ts")(image)
     torch.testing.assert_close(scripted, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.from_numpy(by_onnx), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file")
+def test_the_bundle_runs_from_the_torchscript_model(bundle, tmp_path):
+    volume = np.random.default_rng(0).normal(size=(9, 12, 10)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii.gz")
+    root, found = bundle[0].parent, []
+    for files in (["inference.json"], ["inference.json", "inference_ts.json"]):
+        workflow = ConfigWorkflow(
+            [str(root / "configs" / name) for name in files],
+            workflow_type="infer",
+            logging_file=False,
+            bundle_root=str(root),
+            output_dir=str(tmp_path / files[-1]),
+            dataset_dir=str(tmp_path / "a.nii.gz"),
+            device="cpu",
+        )
+        workflow.initialize()
+        workflow.run()
+        (path,) = (tmp_path / files[-1]).rglob("*.nii.gz")
+        found.append(np.asarray(nibabel.load(path).dataobj))
+    assert len(np.unique(found[0])) > 1
+    np.testing.assert_array_equal(*found)
