@@ -1,7 +1,8 @@
 """What a stock trainer needs to be reproducible, safe from divergence, and resumable."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pickle import UnpicklingError
 from typing import Any
 
@@ -11,8 +12,10 @@ from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from mednca_monai.network import MedNCA
 
 
 class EpochSeed:
@@ -39,6 +42,86 @@ class EpochSeed:
         seed = epoch * idist.get_world_size() + idist.get_rank()
         torch.manual_seed(seed)
         set_rnd(self.dataset, seed)
+
+
+class RandomSteps:
+    """Draw for each iteration how many steps the levels take, so that more or fewer do no harm.
+
+    The number depends on the iteration alone: processes agree, and a training resumes unchanged.
+
+    Args:
+        network: that is trained.
+        factors: of ``network.steps``, each above 0.
+        weights: how likely each factor is, each at least 0.
+
+    Raises:
+        ValueError: where an argument breaks its rule.
+    """
+
+    def __init__(self, network: MedNCA, factors: Sequence[float], weights: Sequence[float]) -> None:
+        if len(factors) == 0 or min(factors) <= 0:
+            raise ValueError(f"`factors` must be above 0, got {factors!r}.")
+        if len(weights) != len(factors) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"`weights` must be one per factor, at least 0 and not all 0, got {weights!r}."
+            )
+        self.network = network
+        self.factors = factors
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+
+    def attach(self, engine: Engine) -> None:
+        """Draw before each iteration, restore after it."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self.draw)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.restore)
+
+    def draw(self, engine: Engine) -> None:
+        """Take a factor for this iteration."""
+        generator = torch.Generator().manual_seed(engine.state.iteration)
+        drawn = int(torch.multinomial(self.weights, 1, generator=generator))
+        self.set(self.factors[drawn])
+
+    def restore(self, engine: Engine) -> None:
+        """Let the network take its own number of steps again."""
+        self.set(1)
+
+    def set(self, factor: float) -> None:
+        """Multiply the numbers of steps."""
+        for automaton, steps in zip(self.network.levels, self.network.steps, strict=True):
+            automaton.steps = max(1, round(steps * factor))  # type: ignore[assignment]
+
+
+class StateNorm:
+    """Log how large the states grow, among the trainer's metrics as ``state_rms_<level>``.
+
+    It is the root mean square of the cells after a level's steps, the largest of an epoch.
+
+    Args:
+        network: that is trained.
+    """
+
+    def __init__(self, network: MedNCA) -> None:
+        self.network = network
+        self.largest: dict[str, float] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Look at the states of each forward pass."""
+        for level, automaton in enumerate(self.network.levels):
+            automaton.register_forward_hook(partial(self.note, f"state_rms_{level}"))
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.log)
+
+    def reset(self, engine: Engine) -> None:
+        """Forget the epoch before."""
+        self.largest.clear()
+
+    def note(self, name: str, automaton: nn.Module, inputs: object, cells: Tensor) -> None:
+        """Keep the largest."""
+        rms = float(cells.detach().square().mean().sqrt())
+        self.largest[name] = max(self.largest.get(name, 0.0), rms)
+
+    def log(self, engine: Engine) -> None:
+        """Tell the trainer, whose statistics handlers show it."""
+        engine.state.metrics.update(self.largest)
 
 
 class WeightAveraging:
@@ -95,7 +178,7 @@ class DivergenceGuard:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         self.check(engine, "gradient", norm)
 
-    def check(self, engine: Engine, what: str, value: torch.Tensor) -> None:
+    def check(self, engine: Engine, what: str, value: Tensor) -> None:
         """Raise FloatingPointError where ``value`` is not finite."""
         if not bool(value.isfinite().all()):
             rate = self.optimizer.param_groups[0]["lr"]

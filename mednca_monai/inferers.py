@@ -63,11 +63,14 @@ class RandomPatchInferer(Inferer):
 
     Args:
         roi_size: size of the patch in cells of the finest level; one value or one per axis.
+        amp: whether to compute in bfloat16 (`torch.autocast`), which processors that know it do
+            about twice as fast; weights and states stay in their own precision.
     """
 
-    def __init__(self, roi_size: int | Sequence[int]) -> None:
+    def __init__(self, roi_size: int | Sequence[int], amp: bool = False) -> None:
         super().__init__()
         self.roi_size = check_roi(roi_size)
+        self.amp = amp
 
     def __call__(
         self,
@@ -98,7 +101,10 @@ class RandomPatchInferer(Inferer):
             patch_start = random_starts(len(inputs), size, shape)
         check_start(patch_start, size, inputs)
         regions = module.patch_regions(shape, patch_start, size)
-        return network(inputs, seed=seed, regions=regions)
+        if not self.amp:  # as the caller may have autocast on
+            return network(inputs, seed=seed, regions=regions)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            return network(inputs, seed=seed, regions=regions)
 
 
 class RandomPatchBatch(PrepareBatch):

@@ -9,10 +9,13 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.transforms import Compose, RandGaussianNoised, RandShiftIntensityd
 
+from mednca_monai import MedNCA
 from mednca_monai.handlers import (
     DivergenceGuard,
     EpochSeed,
+    RandomSteps,
     ResumableCheckpoint,
+    StateNorm,
     WeightAveraging,
 )
 
@@ -317,3 +320,67 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
     with pytest.raises(RuntimeError, match=r"last.pt' must belong to this training"):
         trainer.run()
     assert (tmp_path / "last.pt").read_bytes() == content
+
+
+def steps_of_a_training(factors, weights, start=0, max_epochs=10):
+    """Steps that both levels of a network take in each iteration, and the network afterwards."""
+    network = MedNCA(2, 1, 1, steps=(8, 6))
+    seen = {}
+
+    def note(engine, batch):
+        seen[engine.state.iteration] = tuple(level.steps for level in network.levels)
+
+    engine = Engine(note)
+    engine.add_event_handler(Events.STARTED, resume_after(start))
+    RandomSteps(network, factors, weights).attach(engine)
+    engine.run([0] * ITERATIONS, max_epochs=max_epochs)
+    assert [level.steps for level in network.levels] == [8, 6]
+    return seen
+
+
+def test_steps_are_drawn_as_often_as_their_weights_say():
+    seen = list(steps_of_a_training([0.5, 1, 2], [3, 1, 0], max_epochs=100).values())
+    assert set(seen) == {(4, 3), (8, 6)}
+    assert seen.count((4, 3)) / len(seen) == pytest.approx(0.75, abs=0.08)
+
+
+def test_a_training_that_resumes_draws_the_same_steps():
+    whole = steps_of_a_training([0.1, 1, 2, 4], [1, 1, 1, 1])
+    assert min(whole.values()) == (1, 1)
+    resumed = steps_of_a_training([0.1, 1, 2, 4], [1, 1, 1, 1], start=4)
+    assert resumed == {i: steps for i, steps in whole.items() if i > 4 * ITERATIONS}
+
+
+@pytest.mark.parametrize(
+    ("factors", "weights", "message"),
+    [
+        ([], [], "`factors` must be above 0, got"),
+        ([1, 0], [1, 1], "`factors` must be above 0, got"),
+        ([1, 2], [1], "`weights` must be one per factor"),
+        ([1, 2], [1, -1], "`weights` must be one per factor"),
+        ([1, 2], [0, 0], "`weights` must be one per factor"),
+    ],
+)
+def test_wrong_step_factors_are_refused(factors, weights, message):
+    with pytest.raises(ValueError, match=message):
+        RandomSteps(MedNCA(2, 1, 1), factors, weights)
+
+
+def test_the_largest_state_of_an_epoch_is_logged():
+    network = MedNCA(2, 1, 1, num_channels=2, steps=1)
+    for level in network.levels:
+        level.forward = lambda image, *_: image
+    values = [[1.0, 3.0, 2.0], [0.5, 0.5, 0.25]]
+    logged = []
+
+    def step(engine, value):
+        network(torch.full((1, 1, 8, 8), value))
+
+    engine = Engine(step)
+    StateNorm(network).attach(engine)
+    engine.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda engine: logged.append(dict(engine.state.metrics))
+    )
+    for epoch in values:
+        engine.run(epoch)
+    assert logged == [{"state_rms_0": v, "state_rms_1": v} for v in (3.0, 0.5)]

@@ -111,6 +111,22 @@ def test_gradients_reach_all_levels_from_a_patch(make_network, spatial_dims, siz
         assert weight.grad.any(), name
 
 
+def test_a_patch_in_bfloat16_is_close_and_leaves_the_callers_autocast_alone(
+    make_network, spatial_dims, size
+):
+    network, image = make_network(spatial_dims, fire_rate=1.0).float(), make_image(size).float()
+    start = torch.zeros(2, spatial_dims, dtype=torch.int64)
+    plain = RandomPatchInferer(3)(image, network, patch_start=start)
+    half = RandomPatchInferer(3, amp=True)(image, network, patch_start=start)
+    with torch.autocast("cpu", torch.bfloat16):
+        callers = RandomPatchInferer(3)(image, network, patch_start=start)
+    assert half.dtype == torch.float32
+    assert 0 < (half - plain).abs().max() < 5e-2 * max(1, plain.abs().max())
+    assert_close(callers, half, rtol=0, atol=0)
+    half.square().sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in network.parameters())
+
+
 def test_only_the_coarsest_level_sees_more_than_the_patch(make_network, spatial_dims):
     network = make_network(spatial_dims, num_levels=3, steps=1)
     sizes = []

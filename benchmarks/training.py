@@ -1,0 +1,63 @@
+"""Train as the bundle does, or an overlay of it, and note Dice against minutes in a table.
+
+The table, ``training.csv`` in the output folder, has a line per validation: minutes since the
+start, validations included, and mean Dice of all columns of `CaseMetric` (for the bundle: anterior,
+posterior, whole). A training that was interrupted goes on where it was.
+
+Run: python benchmarks/training.py dataset_dir output_dir [--overlay file.json] [--key value ...]
+"""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+
+BUNDLE = Path(__file__).parents[1] / "bundle"
+
+
+def note(path: Path, start: float, trainer: Engine, evaluator: Engine) -> None:
+    """Add a line to the table."""
+    dice = evaluator.state.metric_details["val_dice"].nanmean(0).tolist()  # type: ignore[attr-defined]
+    row = [trainer.state.epoch, f"{(time.time() - start) / 60:.2f}", *(f"{d:.4f}" for d in dice)]
+    with open(path, "a", newline="") as file:
+        csv.writer(file).writerow(row)
+    print(*row, flush=True)
+
+
+def train(dataset_dir: str, output_dir: str, overlay: list[str], changes: dict[str, Any]) -> None:
+    """Run the training of ``configs/train.json`` with ``overlay`` and ``changes`` over it."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "configs" / "train.json"), *overlay])
+    parser.update(
+        {"bundle_root": str(BUNDLE), "dataset_dir": dataset_dir, "output_dir": output_dir} | changes
+    )
+    for name in ("initialize", "train#trainer", "validate#evaluator"):
+        parser.get_parsed_content(name)
+    trainer = parser.get_parsed_content("train#trainer")
+    evaluator = parser.get_parsed_content("validate#evaluator")
+    path = Path(output_dir) / "training.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    if path.exists():  # resumed
+        start -= 60 * float(path.read_text().splitlines()[-1].split(",")[1])
+    evaluator.add_event_handler(Events.COMPLETED, lambda _: note(path, start, trainer, evaluator))
+    trainer.run()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("dataset_dir")
+    parser.add_argument("output_dir")
+    parser.add_argument("--overlay", action="append", default=[])
+    arguments, rest = parser.parse_known_args()
+    pairs = rest[::2], rest[1::2]
+    changes = {key.removeprefix("--"): json.loads(value) for key, value in zip(*pairs, strict=True)}
+    train(arguments.dataset_dir, arguments.output_dir, arguments.overlay, changes)
