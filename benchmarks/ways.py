@@ -1,6 +1,7 @@
-"""Ways to segment one volume with the shipped weights on one core: whole process, start to file.
+"""Ways to segment an image with the shipped weights on one core: whole process, start to file.
 
-The size is that of the installed packages that each way imports, its interpreter aside.
+The images are a volume and a made-up slice of 256 x 256 voxels. The size is that of the installed
+packages that each way imports, its interpreter aside.
 
 Run: python benchmarks/ways.py image.nii.gz
 """
@@ -14,6 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import nibabel
+import numpy as np
+
 BUNDLE = Path(__file__).parents[1] / "bundle"
 REPEATS = 3
 SMALL = ["numpy", "numpy.libs", "nibabel"]
@@ -24,11 +28,14 @@ def commands(image: str, folder: str) -> dict[str, tuple[list[str], list[str]]]:
     """Arguments of Python, and packages, by the name of the way."""
     script = [str(BUNDLE / "scripts" / "segment.py"), image, f"{folder}/segmentation.nii.gz"]
     bundle = ["-m", "monai.bundle", "run", "inference", "--bundle_root", str(BUNDLE)]
-    bundle += ["--config_file", str(BUNDLE / "configs" / "inference.json")]
-    bundle += ["--dataset_dir", image, "--output_dir", folder]
+    bundle += ["--dataset_dir", image, "--output_dir", folder, "--config_file"]
+    plain = [*bundle, str(BUNDLE / "configs" / "inference.json")]
+    scripted = str([str(BUNDLE / "configs" / f"{n}.json") for n in ("inference", "inference_ts")])
+    by_torchscript = [*bundle, scripted]
     by_onnx = [*script, "--weights", str(BUNDLE / "models" / "model.onnx")]
     return {
-        "MONAI bundle": (bundle, MONAI),
+        "MONAI bundle": (plain, MONAI),
+        "TorchScript, by the bundle": (by_torchscript, MONAI),
         "ONNX Runtime": (by_onnx, [*SMALL, "onnxruntime"]),
         "numpy": (script, SMALL),
     }
@@ -59,10 +66,14 @@ def measure(arguments: list[str]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    print("| way | seconds | MiB | MiB installed |\n| --- | --- | --- | --- |")
+    print("| image | way | seconds | MiB | MiB installed |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        for name, (arguments, packages) in commands(sys.argv[1], folder).items():
-            runs = [measure(arguments) for _ in range(REPEATS)]
-            seconds, memory = (statistics.median(values) for values in zip(*runs, strict=True))
-            size = installed(packages)
-            print(f"| {name} | {seconds:.1f} | {memory:.0f} | {size:.0f} |", flush=True)
+        flat = np.random.default_rng(0).random((256, 256, 1), np.float32)
+        nibabel.save(nibabel.Nifti1Image(flat, np.eye(4)), f"{folder}/slice.nii.gz")
+        for image, path in {"volume": sys.argv[1], "slice": f"{folder}/slice.nii.gz"}.items():
+            for name, (arguments, packages) in commands(path, folder).items():
+                runs = [measure(arguments) for _ in range(REPEATS)]
+                seconds, memory = (statistics.median(values) for values in zip(*runs, strict=True))
+                size = installed(packages)
+                row = f"| {image} | {name} | {seconds:.1f} | {memory:.0f} | {size:.0f} |"
+                print(row, flush=True)

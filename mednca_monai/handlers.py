@@ -53,12 +53,19 @@ class RandomSteps:
         network: that is trained.
         factors: of ``network.steps``, each above 0.
         weights: how likely each factor is, each at least 0.
+        first_epoch: that draws, counted from 1; what is learnt before is learnt sooner without.
 
     Raises:
         ValueError: where an argument breaks its rule.
     """
 
-    def __init__(self, network: MedNCA, factors: Sequence[float], weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        network: MedNCA,
+        factors: Sequence[float],
+        weights: Sequence[float],
+        first_epoch: int = 1,
+    ) -> None:
         if len(factors) == 0 or min(factors) <= 0:
             raise ValueError(f"`factors` must be above 0, got {factors!r}.")
         if len(weights) != len(factors) or min(weights) < 0 or sum(weights) <= 0:
@@ -68,6 +75,7 @@ class RandomSteps:
         self.network = network
         self.factors = factors
         self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.first_epoch = first_epoch
 
     def attach(self, engine: Engine) -> None:
         """Draw before each iteration, restore after it."""
@@ -76,6 +84,8 @@ class RandomSteps:
 
     def draw(self, engine: Engine) -> None:
         """Take a factor for this iteration."""
+        if engine.state.epoch < self.first_epoch:
+            return
         generator = torch.Generator().manual_seed(engine.state.iteration)
         drawn = int(torch.multinomial(self.weights, 1, generator=generator))
         self.set(self.factors[drawn])

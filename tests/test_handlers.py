@@ -322,7 +322,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
     assert (tmp_path / "last.pt").read_bytes() == content
 
 
-def steps_of_a_training(factors, weights, start=0, max_epochs=10):
+def steps_of_a_training(factors, weights, start=0, max_epochs=10, first_epoch=1):
     """Steps that both levels of a network take in each iteration, and the network afterwards."""
     network = MedNCA(2, 1, 1, steps=(8, 6))
     seen = {}
@@ -332,7 +332,7 @@ def steps_of_a_training(factors, weights, start=0, max_epochs=10):
 
     engine = Engine(note)
     engine.add_event_handler(Events.STARTED, resume_after(start))
-    RandomSteps(network, factors, weights).attach(engine)
+    RandomSteps(network, factors, weights, first_epoch).attach(engine)
     engine.run([0] * ITERATIONS, max_epochs=max_epochs)
     assert [level.steps for level in network.levels] == [8, 6]
     return seen
@@ -342,6 +342,12 @@ def test_steps_are_drawn_as_often_as_their_weights_say():
     seen = list(steps_of_a_training([0.5, 1, 2], [3, 1, 0], max_epochs=100).values())
     assert set(seen) == {(4, 3), (8, 6)}
     assert seen.count((4, 3)) / len(seen) == pytest.approx(0.75, abs=0.08)
+
+
+def test_steps_are_drawn_from_the_first_epoch_on():
+    seen = steps_of_a_training([2], [1], first_epoch=4)
+    assert {i for i, steps in seen.items() if steps == (16, 12)} == {*range(10, 31)}
+    assert {i for i, steps in seen.items() if steps == (8, 6)} == {*range(1, 10)}
 
 
 def test_a_training_that_resumes_draws_the_same_steps():
