@@ -13,6 +13,7 @@ from monai.data.utils import set_rnd
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from mednca_monai.network import MedNCA
@@ -132,6 +133,19 @@ class StateNorm:
     def log(self, engine: Engine) -> None:
         """Tell the trainer, whose statistics handlers show it."""
         engine.state.metrics.update(self.largest)
+
+
+class RepeatedOneCycleLR(OneCycleLR):
+    """One-cycle learning rate that starts over after ``total_steps``, where stock raises.
+
+    Each round of a federated training, which runs the same trainer again, is then a cycle.
+    """
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go to the next step, after the last one to the first."""
+        if self.last_epoch == self.total_steps - 1:
+            self.last_epoch = -1
+        super().step(epoch)
 
 
 class WeightAveraging:

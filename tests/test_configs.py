@@ -382,3 +382,11 @@ def test_the_shipped_weights_stand_in_for_no_other_training(
     parser.update({"in_channels": channels[0], "out_channels": channels[1]})
     expected = Path("root/models/model.pt") if shipped else tmp_path / "checkpoints" / "best.pt"
     assert Path(parser.get_parsed_content("ckpt_path")) == expected
+
+
+def test_a_run_with_a_name_has_checkpoints_of_its_own():
+    folders = [
+        Path(parse("train.json", **name).get_parsed_content("ckpt_dir"))
+        for name in ({}, {"run_name": "client_1"})
+    ]
+    assert folders == [Path("output/checkpoints"), Path("output/checkpoints/client_1")]

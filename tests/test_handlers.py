@@ -14,6 +14,7 @@ from mednca_monai.handlers import (
     DivergenceGuard,
     EpochSeed,
     RandomSteps,
+    RepeatedOneCycleLR,
     ResumableCheckpoint,
     StateNorm,
     WeightAveraging,
@@ -298,6 +299,20 @@ def test_a_schedule_of_another_length_is_refused(tmp_path):
     restore = ResumableCheckpoint(str(tmp_path), {"schedule": schedule(7)}, Line(), evaluator)
     with pytest.raises(RuntimeError, match="Its schedule has 5 iterations, not 7"):
         restore.restore(trainer)
+
+
+def test_a_one_cycle_schedule_starts_over_after_its_end():
+    def rates(kind, steps):
+        optimizer = torch.optim.SGD(Line().parameters(), lr=1)
+        schedule = kind(optimizer, 1, total_steps=5, cycle_momentum=False)
+        for _ in range(steps):
+            yield optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+
+    cycle = list(rates(torch.optim.lr_scheduler.OneCycleLR, 5))
+    assert len(set(cycle)) > 3
+    assert list(rates(RepeatedOneCycleLR, 15)) == 3 * cycle
 
 
 def test_averaged_weights_start_as_the_first_ones_and_follow_slowly():
