@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
+from mednca_monai.files import whole_file
 from mednca_monai.network import MedNCA
 
 
@@ -214,12 +215,6 @@ class DivergenceGuard:
             )
 
 
-def save_whole(content: object, path: str) -> None:
-    """Save with ``torch.save``, whole or not at all."""
-    torch.save(content, path + ".part")
-    os.replace(path + ".part", path)
-
-
 class ResumableCheckpoint:
     """Keep two checkpoints, and resume from the last one when the training is started again.
 
@@ -287,11 +282,17 @@ class ResumableCheckpoint:
         os.makedirs(os.path.dirname(self.last), exist_ok=True)
         best = self.evaluator.state
         if best.best_metric_epoch == engine.state.epoch:
-            save_whole(self.model.state_dict(), self.best)
+            self.write(self.model.state_dict(), self.best)
         states = {name: item.state_dict() for name, item in self.save_dict.items()}
         states["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
         states["evaluator"] = {
             "best_metric": float(best.best_metric),
             "best_metric_epoch": best.best_metric_epoch,
         }
-        save_whole(states, self.last)
+        self.write(states, self.last)
+
+    @staticmethod
+    def write(states: object, path: str) -> None:
+        """Save with ``torch.save``, whole or not at all."""
+        with whole_file(path) as part:
+            torch.save(states, part)

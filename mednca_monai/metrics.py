@@ -2,9 +2,9 @@
 
 import csv
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mednca_monai.checks import check_int
 from mednca_monai.data import case_name
+from mednca_monai.files import whole_file
 
 MEASURES = ("dice", "hd95", "surface_dice")
 
@@ -210,8 +211,8 @@ def statistics(column: Sequence[float]) -> list[str]:
 def write_tables(folder: Path, tables: Mapping[str, Sequence[Sequence[str]]]) -> None:
     """Write rows to CSV files, by name, replacing files only once all tables are on disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        with open(folder / f"{name}.tmp", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-    for name in tables:
-        os.replace(folder / f"{name}.tmp", folder / name)
+    with ExitStack() as parts:
+        for name, rows in tables.items():
+            part = parts.enter_context(whole_file(folder / name))
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)

@@ -1,7 +1,6 @@
 """Pictures of segmentations, to look at them without a viewer."""
 
 import os
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mednca_monai.checks import check_int
+from mednca_monai.files import whole_file
 
 HEIGHT = 200  # of a slice in pixels, at least
 COLOURS = np.array(  # of Okabe and Ito, which colour-blind people can tell apart
@@ -156,8 +156,6 @@ class SaveImageOverlayd(MapTransform):
         name = default_name_formatter(getattr(image, "meta", {}), self)
         self._data_index += 1
         path = str(self.layout.filename(**name))
-        with tempfile.TemporaryDirectory(prefix=".overlay_", dir=os.path.dirname(path)) as folder:
-            temporary = os.path.join(folder, "overlay.png")
-            Image.fromarray(picture).save(temporary)
-            os.replace(temporary, path)
+        with whole_file(path) as part:
+            Image.fromarray(picture).save(part)
         return data
