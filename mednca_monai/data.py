@@ -73,14 +73,11 @@ def inside(dataset_dir: Path, name: str) -> str:
     """Path of a file that a ``dataset.json`` names, which must lie in the data set's folder.
 
     Raises:
-        ValueError: where it lies elsewhere.
-        FileNotFoundError: where it does not exist.
+        ValueError: where it lies elsewhere, or is a link to elsewhere.
     """
     path = Path(os.path.normpath(dataset_dir / name))
-    if dataset_dir not in path.parents:
+    if dataset_dir not in path.parents or dataset_dir.resolve() not in path.resolve().parents:
         raise ValueError(f"`dataset.json` must name files in '{dataset_dir}', got '{name}'.")
-    if not path.is_file():
-        raise FileNotFoundError(f"`dataset.json` names '{name}', and '{path}' does not exist.")
     return str(path)
 
 
@@ -161,7 +158,11 @@ def load_datalist(
             f"`dataset_dir` and `split_file` must leave cases for {part}, got none of the "
             f"{len(names)} in '{folder}' by '{split_file}'."
         )
-    return [{key: inside(folder, cases[n][key]) for key in ("image", "label")} for n in chosen]
+    listed = [{key: inside(folder, cases[n][key]) for key in ("image", "label")} for n in chosen]
+    missing = [path for case in listed for path in case.values() if not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(f"`dataset.json` must name files that exist, got {missing}.")
+    return listed
 
 
 def list_images(path: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, str]]:
@@ -175,7 +176,7 @@ def list_images(path: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, 
         Dictionaries with the path ``image``, sorted unless a list was given.
 
     Raises:
-        FileNotFoundError: where there is no image.
+        FileNotFoundError: where none of the images exists.
         ValueError: where two images have the same name, or a path leaves the MSD folder.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -192,8 +193,7 @@ def list_images(path: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, 
         items = description.get("test") or description.get("training") or []
         names = [i["image"] if isinstance(i, dict) else i for i in items]
         images = sorted(inside(folder, name) for name in names)
-    missing = [image for image in images if not os.path.isfile(image)]
-    if missing or not images:
-        raise FileNotFoundError(f"`datalist` must name image files, got {missing or path!r}.")
+    if not any(os.path.exists(image) for image in images):
+        raise FileNotFoundError(f"`datalist` must name image files, got {path!r}.")
     check_names("datalist", images)
     return [{"image": image} for image in images]

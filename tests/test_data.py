@@ -199,6 +199,23 @@ def test_a_dataset_names_no_file_outside_its_folder(dataset, name):
         inside(dataset, name)
 
 
+def test_a_dataset_reads_no_file_outside_its_folder_through_a_link(dataset, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "case.nii.gz").touch()
+    (dataset / "linked").symlink_to(outside)
+    (dataset / "linked.nii.gz").symlink_to(outside / "case.nii.gz")
+    for name in ("linked/case.nii.gz", "linked.nii.gz"):
+        with pytest.raises(ValueError, match=rf"must name files in '.*dataset', got '{name}'"):
+            inside(dataset, name)
+
+
+def test_a_dataset_may_itself_be_a_link_and_hold_links_to_its_own_files(dataset, tmp_path):
+    (tmp_path / "link").symlink_to(dataset)
+    (dataset / "again.nii.gz").symlink_to(dataset / "imagesTr" / "case_01.nii.gz")
+    assert inside(tmp_path / "link", "again.nii.gz") == str(tmp_path / "link" / "again.nii.gz")
+
+
 @pytest.mark.parametrize(
     ("cases", "part", "error", "message"),
     [
@@ -221,7 +238,9 @@ def test_a_split_file_must_leave_each_part_a_case(dataset, tmp_path):
 
 def test_a_label_that_is_missing_is_named(dataset):
     (dataset / "labelsTr" / "case_05.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names './labelsTr/case_05.nii.gz', and"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must name files that exist, got .*labelsTr/case_05"
+    ):
         load_datalist(dataset, None, "validation")
 
 
@@ -279,6 +298,14 @@ def test_there_must_be_an_image(tmp_path, kind):
     paths = {"empty folder": tmp_path, "empty list": [], "missing file": [str(tmp_path / "x.nii")]}
     with pytest.raises(FileNotFoundError, match="`datalist` must name image files, got"):
         list_images(paths[kind])
+
+
+def test_images_that_are_missing_among_others_are_left_to_the_reader(tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "b.nii.gz").symlink_to("nothing")
+    paths = [str(tmp_path / name) for name in ("a.nii.gz", "b.nii.gz")]
+    expected = [{"image": path} for path in paths]
+    assert list_images(paths) == list_images(tmp_path) == expected
 
 
 def test_hidden_files_of_a_folder_are_ignored(tmp_path):
