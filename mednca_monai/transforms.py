@@ -1,20 +1,55 @@
-"""Checks of what a bundle reads, MONAI's resampling made safe, and a writer that keeps shapes."""
+"""Checks of what a bundle reads, MONAI's resampling made safe, and a writer of whole files."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from monai.config.type_definitions import KeysCollection
-from monai.data.image_writer import NibabelWriter
+import numpy as np
+import torch
+from monai.config.type_definitions import KeysCollection, PathLike
+from monai.data.image_writer import ImageWriter, NibabelWriter
 from monai.data.meta_tensor import MetaTensor
+from monai.transforms.io.array import LoadImage
+from monai.transforms.io.dictionary import LoadImaged
 from monai.transforms.spatial.dictionary import Spacingd
 from monai.transforms.transform import MapTransform
+from monai.utils.type_conversion import convert_to_numpy
 from torch import Tensor
+
+from mednca_monai.files import whole_file
+
+
+class NamingLoadImage(LoadImage):
+    """``LoadImage`` whose errors name the file."""
+
+    def __call__(self, filename: Any, reader: Any = None) -> Any:
+        """Load a file.
+
+        Raises:
+            ValueError: where it cannot be read.
+        """
+        try:
+            return super().__call__(filename, reader)
+        except Exception as error:
+            raise ValueError(f"'{filename}' must be a readable image, got: {error}") from error
+
+
+class LoadImageNamingd(LoadImaged):
+    """``LoadImaged`` whose errors name the file that cannot be read.
+
+    Args:
+        keys: of paths.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+        self._loader = NamingLoadImage()
 
 
 class CheckImaged(MapTransform):
-    """Pass images on that a network can segment: right axes and channels, finite, not empty.
+    """Pass images on that a network can segment: right axes and channels, finite, not flat.
 
-    A message names the file of the image.
+    An image is flat where the 0.5th and 99.5th percentile of a channel are the same: what the
+    bundle scales intensities by. A message names the file of the image.
 
     Args:
         keys: of channel-first images, ``(C, *spatial)``.
@@ -50,6 +85,18 @@ class CheckImaged(MapTransform):
                 count = int((~image.isfinite()).sum())
                 raise ValueError(
                     f"`{key}` must be finite, got {count} NaN or infinite values in '{name}'."
+                )
+            low, high = np.percentile(convert_to_numpy(image.flatten(1)), [0.5, 99.5], 1)
+            if (low == high).any():
+                raise ValueError(
+                    f"`{key}` must vary between its 0.5th and 99.5th percentile, "
+                    f"got {float(low[low == high][0])} for both in '{name}'."
+                )
+            affine = image.affine if isinstance(image, MetaTensor) else torch.eye(1)
+            if not bool(affine.det().abs() > 0):
+                raise ValueError(
+                    f"`{key}` must have an affine that can be inverted, got {affine.tolist()} "
+                    f"in '{name}'."
                 )
         return dict(data)
 
@@ -123,7 +170,20 @@ class ResampleSpacingd(Spacingd):
 
 
 class VolumeWriter(NibabelWriter):
-    """Write NIfTI volumes in their own shape; the stock writer drops a last axis of length 1."""
+    """Write NIfTI volumes whole or not at all, and in their own shape.
+
+    The stock writer drops a last axis of length 1.
+    """
+
+    def write(self, filename: PathLike, verbose: bool = False, **options: Any) -> None:
+        """Write the file; the arguments are those of the stock writer.
+
+        Raises:
+            OSError: where that fails; a file of that name stays as it was.
+        """
+        ImageWriter.write(self, filename, verbose)  # logs the name
+        with whole_file(filename) as part:
+            super().write(part, **options)
 
     @classmethod
     def convert_to_channel_last(

@@ -51,7 +51,7 @@ def make_network():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared():
     """Folder with the stored reference cases and the real data."""
     default = Path(__file__).resolve().parents[2] / "shared"

@@ -315,7 +315,6 @@ def test_images_of_any_shape_and_orientation_are_segmented_in_their_own_space(
         "one_axial": (image[:, :, 6:7], affine),
         "one_coronal": (image[:, 7:8], affine),
         "one_sagittal": (image[5:6], affine),
-        "constant": (np.full((40, 30, 3), 7, np.float32), affine),
     }
     folder = tmp_path / "images"
     paths = {

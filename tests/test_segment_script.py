@@ -125,6 +125,7 @@ def make_files(folder):
         "nan.nii": (np.where(volume > 3, volume, np.nan), np.eye(4)),
         "sheared.nii": (volume, sheared),
         "whole.nii.gz": (volume, np.eye(4)),
+        "zeros.nii": (volume * 0, np.eye(4)),
     }
     for name, (data, affine) in volumes.items():
         nibabel.save(nibabel.Nifti1Image(data, affine), folder / name)
@@ -140,6 +141,7 @@ def make_files(folder):
         (["two channels.nii", "out.nii"], "two channels.nii' must be one volume, got shape"),
         (["flat.nii", "out.nii"], "flat.nii' must be one volume, got shape"),
         (["nan.nii", "out.nii"], "nan.nii' must be finite"),
+        (["zeros.nii", "out.nii"], "zeros.nii' must vary between its 0.5th and 99.5th percentile"),
         (["sheared.nii", "out.nii"], "sheared.nii' must have an affine with orthogonal axes"),
         (["cut.nii.gz", "out.nii"], "cut.nii.gz' must be a NIfTI volume"),
         (["text.nii.gz", "out.nii"], "text.nii.gz' must be a NIfTI volume"),

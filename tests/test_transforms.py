@@ -1,3 +1,5 @@
+import math
+
 import nibabel
 import numpy as np
 import pytest
@@ -5,14 +7,20 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import SaveImage
 
-from mednca_monai.transforms import CheckImaged, CheckLabeld, ResampleSpacingd, VolumeWriter
+from mednca_monai.transforms import (
+    CheckImaged,
+    CheckLabeld,
+    LoadImageNamingd,
+    ResampleSpacingd,
+    VolumeWriter,
+)
 
 
-def image(*shape, value=1.0):
-    tensor = torch.ones(shape)
+def image(*shape, value=1.0, affine=None):
+    tensor = torch.arange(math.prod(shape)).float().reshape(shape) % 2
     if tensor.numel():
         tensor.flatten()[-1] = value
-    return MetaTensor(tensor, meta={"filename_or_obj": "scans/patient_7.nii.gz"})
+    return MetaTensor(tensor, affine, meta={"filename_or_obj": "scans/patient_7.nii.gz"})
 
 
 def test_a_good_image_passes_unchanged_and_other_keys_are_not_looked_at():
@@ -34,6 +42,14 @@ def test_a_good_image_passes_unchanged_and_other_keys_are_not_looked_at():
         (image(2, 3, 4, value=torch.nan), "must be finite, got 1 NaN or infinite values"),
         (image(2, 3, 4, value=torch.inf), "must be finite, got 1 NaN or infinite values"),
         (image(2, 3, 4, value=-torch.inf), "must be finite, got 1 NaN or infinite values"),
+        (
+            image(2, 3, 4, affine=torch.zeros(3, 3)),
+            r"must have an affine that can be inverted, got \[\[0.0, 0.0, 0.0\], .*\]",
+        ),
+        (
+            image(2, 30, 20) * torch.tensor([1, 0])[:, None, None] + 7,
+            r"must vary between its 0.5th and 99.5th percentile, got 7\.0 for both",
+        ),
     ],
 )
 def test_an_image_that_a_network_cannot_segment_is_refused_with_its_files_name(wrong, message):
@@ -49,8 +65,27 @@ def test_an_image_without_a_file_is_named_by_its_key():
         CheckImaged("image", spatial_dims=2, in_channels=2)({"image": torch.ones(1, 3, 4)})
 
 
+def test_a_few_bright_cells_in_a_flat_image_do_not_make_it_vary():
+    sparse = torch.zeros(1, 20, 20)
+    sparse[0, 0, 0] = 1000
+    with pytest.raises(ValueError, match=r"must vary between .* got 0\.0 for both in 'image'"):
+        CheckImaged("image", spatial_dims=2, in_channels=1)({"image": sparse})
+
+
+@pytest.mark.parametrize("broken", ["image", "label"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, broken):
+    files = {key: tmp_path / f"{key}.nii.gz" for key in ("image", "label")}
+    for path in files.values():
+        nibabel.save(nibabel.Nifti1Image(np.zeros((2, 3, 4), np.uint8), np.eye(4)), path)
+    load = LoadImageNamingd(["image", "label"])
+    assert load(files)["image"].shape == (2, 3, 4)
+    files[broken].write_bytes(files[broken].read_bytes()[:70])
+    with pytest.raises(ValueError, match=rf"^'[^']*{broken}.nii.gz' must be a readable image, got"):
+        load(files)
+
+
 def test_integers_are_finite():
-    data = {"image": torch.ones(1, 3, 4, dtype=torch.int16)}
+    data = {"image": image(1, 3, 4).as_tensor().to(torch.int16)}
     assert CheckImaged("image", spatial_dims=2, in_channels=1)(data) == data
 
 

@@ -261,9 +261,11 @@ def main(source: str, target: str, weights_file: Path) -> None:
     turn = nib.io_orientation(affine)
     image = nib.apply_orientation(volume, turn)
     low, high = np.percentile(image, [0.5, 99.5], (0, 1, 2))
-    flat = low == high  # as MONAI does it, unscaled
-    image = np.where(flat, image - low, ((image - low) / (high - low + flat)).clip(0, 1))
-    image = image.astype(np.float32)
+    if (low == high).any():
+        raise ValueError(
+            f"'{source}' must vary between its 0.5th and 99.5th percentile, got {low}."
+        )
+    image = ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
     spacing = spacing / settings["spacing"]
     shape = image.shape[:3]

@@ -1,0 +1,71 @@
+"""Go on with the other images where one fails, and name all that failed at the end."""
+
+import sys
+from typing import Any
+
+from monai.data.dataset import Dataset
+from monai.engines.evaluator import SupervisedEvaluator
+
+FAILURE = "failure"
+
+
+def failure(path: object, error: Exception) -> str:
+    """What failed and why, in one line."""
+    while str(error).startswith("applying transform") and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # MONAI's frame around the error
+    first, *more = str(error).strip().splitlines() or [""]
+    reason = f"{type(error).__name__}: {first}" + (f" ... {more[-1]}" if more else "")
+    return reason if str(path) in reason else f"'{path}': {reason}"
+
+
+class ImageDataset(Dataset):
+    """``monai.data.Dataset`` of images whose item is a message, "failure", where one fails."""
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            return {FAILURE: failure(self.data[index]["image"], error)}
+
+
+class FailedImagesError(RuntimeError):
+    """Images that failed, with the reason for each."""
+
+
+class ImageEvaluator(SupervisedEvaluator):
+    """``monai.engines.SupervisedEvaluator`` of an `ImageDataset`, in batches of one image.
+
+    An image that cannot be read, segmented or saved is logged, and the next one follows.
+    """
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Segment all images; the argument is the stock evaluator's.
+
+        Raises:
+            FailedImagesError: at the end, where there are any.
+        """
+        self.failures: list[str] = []
+        super().run(global_epoch)
+        if self.failures:
+            count = f"{len(self.failures)} of {self.state.epoch_length} images failed"
+            raise FailedImagesError("\n".join([f"{count}, all others are done:", *self.failures]))
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if FAILURE not in batchdata:
+                return super()._iteration(engine, batchdata)
+            (message,) = batchdata[FAILURE]
+        except Exception as error:
+            (path,) = batchdata["image"].meta["filename_or_obj"]
+            message = failure(path, error)
+        self.logger.error(message)
+        self.failures.append(message)
+        return {}
+
+
+def run(evaluator: ImageEvaluator) -> None:
+    """Run an evaluator as a program: where images failed, exit with their list and code 1."""
+    try:
+        evaluator.run()
+    except FailedImagesError as error:
+        sys.exit(str(error))
