@@ -14,7 +14,7 @@ from pathlib import Path
 from monai.bundle import ConfigWorkflow
 
 CONFIGS = Path(__file__).parents[1] / "bundle" / "configs"
-FACTORS = [0.75, 1, 1.5, 2, 4]
+FACTORS = [0.5, 0.625, 0.75, 0.875, 1, 1.5, 2, 4]
 
 
 def evaluate(dataset_dir: str, factor: float) -> tuple[list[int], dict[str, dict[str, str]]]:

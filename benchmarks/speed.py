@@ -2,7 +2,8 @@
 
 All networks of a table take turns in one process; the medians of several turns are shown. The
 plain baseline is `plain.py`, with the released code's order of axes and, for comparison, as fast
-as PyTorch runs it when the axes stay in order.
+as PyTorch runs it when the axes stay in order. The rows in bfloat16 are under `torch.autocast`, on
+processors that compute in it.
 
 Run: python benchmarks/speed.py [threads]
 """
@@ -75,6 +76,16 @@ def train(network: nn.Module, image: Tensor, patch: int) -> Callable[[], object]
     return run
 
 
+def with_bfloat16(cases: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The cases and, where the processor knows bfloat16, all in it, too."""
+
+    def autocast(run: Callable[[], object]) -> Callable[[], object]:
+        return torch.autocast("cpu", torch.bfloat16)(run)
+
+    half = {f"{name}, bfloat16": autocast(run) for name, run in cases.items()}
+    return {**cases, **half} if torch.cpu._is_avx512_bf16_supported() else cases
+
+
 def table(title: str, cases: dict[str, Callable[[], object]]) -> None:
     """Print seconds and how many times faster than the plain baseline."""
     print(f"\n{title}\n\n| network | seconds | times faster |\n| --- | --- | --- |")
@@ -92,9 +103,10 @@ if __name__ == "__main__":
         title = f"{num_channels} channels, hidden layer {hidden_size}, {steps} + {steps} steps"
         for size in (64, 256):
             image = torch.rand(1, 1, size, size)
-            cases = {name: infer(x, image) for name, x in {**networks, **peers()}.items()}
+            cases = with_bfloat16({name: infer(x, image) for name, x in networks.items()})
+            cases |= {name: infer(x, image) for name, x in peers().items()}
             table(f"Inference, one image of {size}², {title}", cases)
         batch, size, patch = (48, 64, 32) if steps == 16 else (2, 256, 64)
         image = torch.rand(batch, 1, size, size)
-        cases = {name: train(x, image, patch) for name, x in networks.items()}
+        cases = with_bfloat16({name: train(x, image, patch) for name, x in networks.items()})
         table(f"Training, {batch} images of {size}², patches of {patch}², {title}", cases)

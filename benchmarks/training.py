@@ -1,8 +1,8 @@
 """Train as the bundle does, or an overlay of it, and note Dice against minutes in a table.
 
-The table, ``training.csv`` in the output folder, has a line per validation: minutes since the
-start, validations included, and mean Dice of all columns of `CaseMetric` (for the bundle: anterior,
-posterior, whole). A training that was interrupted goes on where it was.
+The table, ``training.csv`` in the output folder, has a line per validation: epoch, minutes since
+the start, validations included, and mean Dice of each structure, the whole last. ``training.png``
+shows it. A training that was interrupted goes on where it was.
 
 Run: python benchmarks/training.py dataset_dir output_dir [--overlay file.json] [--key value ...]
 """
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
@@ -29,6 +30,19 @@ def note(path: Path, start: float, trainer: Engine, evaluator: Engine) -> None:
     with open(path, "a", newline="") as file:
         csv.writer(file).writerow(row)
     print(*row, flush=True)
+
+
+def draw(path: Path) -> None:
+    """Draw a table as a picture beside it."""
+    _, minutes, *structures, whole = zip(*csv.reader(path.open()), strict=True)
+    mean = [sum(map(float, dice)) / len(dice) for dice in zip(*structures, strict=True)]
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for name, dice in (("whole", map(float, whole)), ("mean of the structures", mean)):
+        axis.plot([float(m) for m in minutes], list(dice), "o-", label=name)
+    axis.set(xlabel="minutes", ylabel="Dice, validation volumes", ylim=(0.7, 0.93))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 def train(dataset_dir: str, output_dir: str, overlay: list[str], changes: dict[str, Any]) -> None:
@@ -49,6 +63,7 @@ def train(dataset_dir: str, output_dir: str, overlay: list[str], changes: dict[s
         start -= 60 * float(path.read_text().splitlines()[-1].split(",")[1])
     evaluator.add_event_handler(Events.COMPLETED, lambda _: note(path, start, trainer, evaluator))
     trainer.run()
+    draw(path)
 
 
 if __name__ == "__main__":
