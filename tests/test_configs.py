@@ -247,6 +247,21 @@ def test_the_network_takes_and_gives_what_the_metadata_says(size):
     )
 
 
+def test_what_a_dataset_names_is_not_evaluated(tmp_path):
+    names = ["$1 + 1.nii", "@device.nii", "%seed.nii"]
+    for name in names:
+        (tmp_path / name).touch()
+    cases = [{"image": name, "label": name} for name in names]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": cases, "test": []}))
+    train = parse("train.json", bundle_root=str(tmp_path), dataset_dir=str(tmp_path))
+    train.update({"split_file": None, "validate#dataset#data#part": "all"})
+    expected = sorted(str(tmp_path / name) for name in names)
+    listed = train.get_parsed_content("validate#dataset#data")
+    assert [case["label"] for case in listed] == expected
+    inference = parse("inference.json", bundle_root=str(tmp_path), dataset_dir=str(tmp_path))
+    assert [case["image"] for case in inference.get_parsed_content("dataset").data] == expected
+
+
 def numpy_preprocessing(volume, affine):
     """Orientation, percentile scaling and linear resampling to 1 mm without MONAI."""
     turn = nibabel.io_orientation(affine)

@@ -4,10 +4,12 @@ import json
 import os
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigParser
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
@@ -16,12 +18,11 @@ PERMUTATIONS = ("RAS", "RSA", "ARS", "ASR", "SRA", "SAR")
 FLIPS = ("LAS", "RPS", "RAI", "LPI", "PIL")
 
 
-def segment(datalist, output):
+def segment(datalist, output, ckpt_path=BUNDLE / "models" / "model.pt"):
     """Run the shipped bundle in this process."""
     parser = ConfigParser(json.loads((BUNDLE / "configs" / "inference.json").read_text()))
     settings = {"bundle_root": str(BUNDLE), "output_dir": str(output), "device": "cpu"}
-    ckpt_path = str(BUNDLE / "models" / "model.pt")
-    parser.update({**settings, "datalist": datalist, "ckpt_path": ckpt_path})
+    parser.update({**settings, "datalist": datalist, "ckpt_path": str(ckpt_path)})
     parser.get_parsed_content("inference")
 
 
@@ -208,3 +209,20 @@ def test_where_files_are_broken_the_others_are_segmented_and_all_broken_ones_nam
     written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     stems = [name.removesuffix(".nii.gz") for name in GOOD]
     assert written == {f"{n}/{n}_{end}" for n in stems for end in ("seg.nii.gz", "overlay.png")}
+
+
+class Hostile:
+    """Makes a folder where it is unpickled as Python does it."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_code_in_weights_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"levels.0.update.weight": Hostile()}, tmp_path / "model.pt")
+    save(np.eye(8)[None] * np.ones((4, 1, 1)), np.eye(4), tmp_path / "scan.nii.gz")
+    with pytest.raises(RuntimeError) as stopped:
+        segment([str(tmp_path / "scan.nii.gz")], tmp_path, tmp_path / "model.pt")
+    assert isinstance(stopped.value.__cause__, UnpicklingError)
+    assert not (tmp_path / "executed").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickletools
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,25 @@ def test_folder_and_archive_hold_the_bundle_and_this_package(archive):
     assert all("__pycache__" not in name for name in names)
     for name in ("models/model.pt", "configs/train.json", "mednca_monai/network.py"):
         assert f"{NAME}/{name}" in names
+
+
+def test_what_is_pickled_in_the_archive_is_tensors_only(archive):
+    tensors = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
+    script = {"torch.jit._pickle build_intlist"}
+    seen = []
+    for path in (archive.parent / NAME / "models").iterdir():
+        if path.suffix == ".onnx":
+            continue  # a format without pickles
+        with zipfile.ZipFile(path) as file:
+            for name in (name for name in file.namelist() if name.endswith(".pkl")):
+                codes = list(pickletools.genops(file.read(name)))
+                assert {"STACK_GLOBAL", "INST"}.isdisjoint(code.name for code, *_ in codes)
+                found = {argument for code, argument, _ in codes if code.name == "GLOBAL"}
+                compiled = {name for name in found if name.startswith("__torch__.")}
+                assert found - compiled <= tensors | script
+                assert path.suffix == ".ts" or found == tensors
+                seen.append(path.name)
+    assert sorted(seen) == ["model.pt", "model.ts", "model.ts"]
 
 
 def test_the_same_files_give_the_same_bytes(archive, tmp_path):
