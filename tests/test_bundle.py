@@ -423,18 +423,25 @@ def test_without_data_the_message_says_what_to_do(run, tmp_path):
     assert f"'{missing}'" in text
 
 
-def test_two_processes_train_together(succeed, dataset, tmp_path):
-    settings = {**FAST_TRAINING, "max_epochs": 1}
-    succeed(
-        "train multi_gpu_train",
-        "training",
-        module=TWO_PROCESSES + BUNDLE_COMMAND,
-        dataset_dir=dataset.path,
-        output_dir=tmp_path,
-        **settings,
-    )
+def test_a_killed_process_ends_a_training_of_two_which_resumes(run, dataset, tmp_path):
+    settings = {**FAST_TRAINING, "max_epochs": 2, "dataset_dir": dataset.path}
+
+    def train(**more):
+        module = TWO_PROCESSES + BUNDLE_COMMAND
+        options = {"module": module, "output_dir": tmp_path, **settings, **more}
+        return run("train multi_gpu_train", "training", **options)
+
+    kill = "$lambda engine, iteration: iteration == 2 and os.kill(os.getpid(), 9)"
+    code, text = train(**{"train#handlers#6#iteration_log": kill})
+    assert code > 0
+    assert "Signal 9 (SIGKILL) received by PID" in text
+    assert read_states(tmp_path)["last.pt"]["trainer"] == {"epoch": 1, "iteration": 1}
+
+    code, text = train()
+    assert code == 0, text
+    assert f"Resumed from '{tmp_path}/checkpoints/last.pt', after epoch 1." in text
     states = read_states(tmp_path)
-    assert states["last.pt"]["trainer"] == {"epoch": 1, "iteration": 1}
+    assert states["last.pt"]["trainer"] == {"epoch": 2, "iteration": 2}
     network = MedNCA(3, 1, 3, num_channels=CHANNELS, hidden_size=96, steps=STEPS)
     network.load_state_dict(states["best.pt"])
 

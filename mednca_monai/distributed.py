@@ -1,0 +1,51 @@
+"""Loss of a batch that several processes share, and their end."""
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def gather(part: Tensor) -> Tensor:
+    """Join the parts of all processes along axis 0, on each of them.
+
+    The gradient of ``part`` is multiplied by the number of processes, as
+    ``DistributedDataParallel`` divides by it.
+
+    Args:
+        part: of the same shape in each process.
+    """
+    count = distributed.get_world_size()
+    parts = [torch.empty_like(part) for _ in range(count)]
+    distributed.all_gather(parts, part.detach().contiguous())
+    parts[distributed.get_rank()] = part + (count - 1) * (part - part.detach())
+    return torch.cat(parts)
+
+
+class GatheredLoss(nn.Module):
+    """Loss of the batches of all processes together, as one process has it.
+
+    ``DistributedDataParallel`` averages the gradients of the processes, which gives the gradient of
+    their whole batch only if a loss is a mean over its items. One that pools the batch, such as
+    MONAI's Dice with ``batch=True``, must see the whole batch.
+
+    Args:
+        loss: called with logits and labels of the whole batch.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Scalar loss, the same in each process; arguments have the same shapes in each."""
+        value: Tensor = self.loss(gather(logits), gather(label))
+        return value
+
+
+def leave(network: nn.parallel.DistributedDataParallel) -> None:
+    """Leave the process group; ``network`` cannot be used any more, its module can.
+
+    Of the group's references, that in ``network`` must not be the last to go: torch would wait for
+    a thread of gloo that may itself wait for Python, for ever.
+    """
+    vars(network).clear()
+    distributed.destroy_process_group()
