@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -397,6 +398,13 @@ def test_the_shipped_weights_stand_in_for_no_other_training(
     parser.update({"in_channels": channels[0], "out_channels": channels[1]})
     expected = Path("root/models/model.pt") if shipped else tmp_path / "checkpoints" / "best.pt"
     assert Path(parser.get_parsed_content("ckpt_path")) == expected
+
+
+def test_each_training_in_monai_label_has_checkpoints_of_its_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "monailabel", None)
+    folder = Path(parse("train.json").get_parsed_content("ckpt_dir"))
+    assert re.fullmatch(r"label_\d{8}_\d{6}", folder.name)
+    assert folder.parent == Path("output/checkpoints")
 
 
 def test_a_run_with_a_name_has_checkpoints_of_its_own():

@@ -20,7 +20,7 @@ def main(bundle, dataset_dir, output_dir, site, local_epochs):
         bundle,
         local_epochs,
         send_weight_diff=False,
-        train_kwargs=dict(settings),
+        train_kwargs={**settings, "val_interval": 1000},
         eval_kwargs=dict(settings),
     )
     algo.initialize({ExtraItems.CLIENT_NAME: site})
