@@ -172,7 +172,8 @@ class TiledInferer(Inferer):
 
         Args:
             inputs: ``(B, in_channels, *spatial)``.
-            network: a `MedNCA`, possibly wrapped.
+            network: a `MedNCA`, possibly wrapped; or its TorchScript export, which has no tiles
+                and runs on the whole image.
             seed: as in `MedNCA.forward`.
 
         Raises:
@@ -181,6 +182,10 @@ class TiledInferer(Inferer):
         """
         image = convert_to_tensor(inputs, track_meta=False)
         check_finite(image)
+        if isinstance(network, torch.jit.ScriptModule):
+            logits = network(image, seed)
+            device = logits.device if self.device is None else self.device
+            return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=device)[0]
         module = unwrapped(network)
         if module.norm_spans_cells():
             raise ValueError(

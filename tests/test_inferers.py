@@ -502,3 +502,11 @@ def test_tiles_refuse_images_that_the_network_refuses(make_network):
 def test_an_ensemble_needs_runs(num_runs):
     with pytest.raises(ValueError, match=r"`num_runs` must be an integer of at least 2, got"):
         EnsembleInferer(SimpleInferer(), num_runs)
+
+
+def test_a_torchscript_network_runs_on_the_whole_image(make_network):
+    network = make_network(2, in_channels=1)
+    image = torch.rand(2, 1, 11, 9, dtype=torch.float64)
+    expected = network(image)
+    scripted = torch.jit.script(network)
+    torch.testing.assert_close(TiledInferer(4)(image, scripted), expected)
