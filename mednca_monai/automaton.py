@@ -151,7 +151,8 @@ class CellularAutomaton(nn.Module):
         own, around = self.hidden.weight.tensor_split([self.num_channels], 1)
         zeros = own.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
         no_state = [0, 0] * self.spatial_dims + [self.num_channels, 0]
-        bias = self.hidden(nn.functional.pad(self.perception(zeros), no_state)).flatten()
+        bias = self.hidden(nn.functional.pad(self.perception(zeros), no_state))
+        bias = bias.flatten().to(own.dtype)  # autocast or not
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
         channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
@@ -331,8 +332,10 @@ def is_traced() -> bool:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """As operations under autocast on the CPU would take it."""
-    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+    """As operations under autocast on the CPU would take it; they leave float64 alone."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
+        return x
+    return x.to(torch.get_autocast_dtype("cpu"))
 
 
 def change_of_cells(

@@ -13,9 +13,9 @@ def gather(part: Tensor) -> Tensor:
     Args:
         part: of the same shape in each process.
     """
-    count = distributed.get_world_size()
+    count, part = distributed.get_world_size(), part.contiguous()
     parts = [torch.empty_like(part) for _ in range(count)]
-    distributed.all_gather(parts, part.detach().contiguous())
+    distributed.all_gather(parts, part.detach())
     parts[distributed.get_rank()] = part + (count - 1) * (part - part.detach())
     return torch.cat(parts)
 

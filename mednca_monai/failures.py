@@ -1,6 +1,5 @@
 """Go on with the other images where one fails, and name all that failed at the end."""
 
-import sys
 from typing import Any
 
 from monai.data.dataset import Dataset
@@ -9,31 +8,31 @@ from monai.engines.evaluator import SupervisedEvaluator
 FAILURE = "failure"
 
 
-def failure(path: object, error: Exception) -> str:
+def reason(path: object, error: Exception) -> str:
     """What failed and why, in one line."""
     while str(error).startswith("applying transform") and isinstance(error.__cause__, Exception):
         error = error.__cause__  # MONAI's frame around the error
     first, *more = str(error).strip().splitlines() or [""]
-    reason = f"{type(error).__name__}: {first}" + (f" ... {more[-1]}" if more else "")
-    return reason if str(path) in reason else f"'{path}': {reason}"
+    text = f"{type(error).__name__}: {first}" + (f" ... {more[-1]}" if more else "")
+    return text if str(path) in text else f"'{path}': {text}"
 
 
-class ImageDataset(Dataset):
+class FailSafeDataset(Dataset):
     """``monai.data.Dataset`` of images whose item is a message, "failure", where one fails."""
 
     def _transform(self, index: int) -> Any:
         try:
             return super()._transform(index)
         except Exception as error:
-            return {FAILURE: failure(self.data[index]["image"], error)}
+            return {FAILURE: reason(self.data[index]["image"], error)}
 
 
 class FailedImagesError(RuntimeError):
     """Images that failed, with the reason for each."""
 
 
-class ImageEvaluator(SupervisedEvaluator):
-    """``monai.engines.SupervisedEvaluator`` of an `ImageDataset`, in batches of one image.
+class FailSafeEvaluator(SupervisedEvaluator):
+    """``monai.engines.SupervisedEvaluator`` of a `FailSafeDataset`, in batches of one image.
 
     An image that cannot be read, segmented or saved is logged, and the next one follows.
     """
@@ -57,15 +56,7 @@ class ImageEvaluator(SupervisedEvaluator):
             (message,) = batchdata[FAILURE]
         except Exception as error:
             (path,) = batchdata["image"].meta["filename_or_obj"]
-            message = failure(path, error)
+            message = reason(path, error)
         self.logger.error(message)
         self.failures.append(message)
         return {}
-
-
-def run(evaluator: ImageEvaluator) -> None:
-    """Run an evaluator as a program: where images failed, exit with their list and code 1."""
-    try:
-        evaluator.run()
-    except FailedImagesError as error:
-        sys.exit(str(error))

@@ -49,13 +49,15 @@ class EpochSeed:
 class RandomSteps:
     """Draw for each iteration how many steps the levels take, so that more or fewer do no harm.
 
-    The number depends on the iteration alone: processes agree, and a training resumes unchanged.
+    The number depends on the iteration alone, not on the training's seed: processes agree, and a
+    training resumes unchanged.
 
     Args:
         network: that is trained.
         factors: of ``network.steps``, each above 0.
         weights: how likely each factor is, each at least 0.
-        first_epoch: that draws, counted from 1; what is learnt before is learnt sooner without.
+        first_epoch: that draws, counted from 1 over all runs of the trainer; what is learnt before
+            is learnt sooner without.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -90,13 +92,13 @@ class RandomSteps:
             return
         generator = torch.Generator().manual_seed(engine.state.iteration)
         drawn = int(torch.multinomial(self.weights, 1, generator=generator))
-        self.set(self.factors[drawn])
+        self.scale_steps(self.factors[drawn])
 
     def restore(self, engine: Engine) -> None:
         """Let the network take its own number of steps again."""
-        self.set(1)
+        self.scale_steps(1)
 
-    def set(self, factor: float) -> None:
+    def scale_steps(self, factor: float) -> None:
         """Multiply the numbers of steps."""
         for automaton, steps in zip(self.network.levels, self.network.steps, strict=True):
             automaton.steps = max(1, round(steps * factor))  # type: ignore[assignment]
@@ -105,7 +107,8 @@ class RandomSteps:
 class StateNorm:
     """Log how large the states grow, among the trainer's metrics as ``state_rms_<level>``.
 
-    It is the root mean square of the cells after a level's steps, the largest of an epoch.
+    It is the root mean square of the cells after a level's steps, the largest of an epoch in this
+    process.
 
     Args:
         network: that is trained.
@@ -113,7 +116,7 @@ class StateNorm:
 
     def __init__(self, network: MedNCA) -> None:
         self.network = network
-        self.largest: dict[str, float] = {}
+        self.largest: dict[str, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
         """Look at the states of each forward pass."""
@@ -128,12 +131,12 @@ class StateNorm:
 
     def note(self, name: str, automaton: nn.Module, inputs: object, cells: Tensor) -> None:
         """Keep the largest."""
-        rms = float(cells.detach().square().mean().sqrt())
-        self.largest[name] = max(self.largest.get(name, 0.0), rms)
+        rms = cells.detach().square().mean().sqrt()
+        self.largest[name] = torch.maximum(self.largest.get(name, rms), rms)  # NaN stays
 
     def log(self, engine: Engine) -> None:
         """Tell the trainer, whose statistics handlers show it."""
-        engine.state.metrics.update(self.largest)
+        engine.state.metrics.update({name: float(rms) for name, rms in self.largest.items()})
 
 
 class RepeatedOneCycleLR(OneCycleLR):

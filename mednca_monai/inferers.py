@@ -182,8 +182,8 @@ class TiledInferer(Inferer):
         """
         image = convert_to_tensor(inputs, track_meta=False)
         check_finite(image)
-        if isinstance(network, torch.jit.ScriptModule):
-            logits = network(image, seed)
+        if not hasattr(unwrapped(network), "norm_spans_cells"):  # TorchScript
+            logits = network(image, seed=seed)
             device = logits.device if self.device is None else self.device
             return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=device)[0]
         module = unwrapped(network)

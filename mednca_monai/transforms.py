@@ -18,7 +18,7 @@ from torch import Tensor
 from mednca_monai.files import whole_file
 
 
-class NamingLoadImage(LoadImage):
+class LoadImageNaming(LoadImage):
     """``LoadImage`` whose errors name the file."""
 
     def __call__(self, filename: Any, reader: Any = None) -> Any:
@@ -36,20 +36,24 @@ class NamingLoadImage(LoadImage):
 class LoadImageNamingd(LoadImaged):
     """``LoadImaged`` whose errors name the file that cannot be read.
 
+    The Deploy App SDK, which reads images itself, drops transforms whose names begin as this one.
+
     Args:
         keys: of paths.
+        reader: as of ``LoadImaged``.
     """
 
-    def __init__(self, keys: KeysCollection) -> None:
+    def __init__(self, keys: KeysCollection, reader: Any = None) -> None:
         super().__init__(keys)
-        self._loader = NamingLoadImage()
+        self._loader = LoadImageNaming(reader)
 
 
 class CheckImaged(MapTransform):
-    """Pass images on that a network can segment: right axes and channels, finite, not flat.
+    """Pass images on that a network can segment: right axes and channels, finite, not flat, placed.
 
     An image is flat where the 0.5th and 99.5th percentile of a channel are the same: what the
-    bundle scales intensities by. A message names the file of the image.
+    bundle scales intensities by. It is placed where its affine can be inverted. A message names the
+    file of the image.
 
     Args:
         keys: of channel-first images, ``(C, *spatial)``.

@@ -25,6 +25,9 @@ from mednca_monai.data import case_name
 ROOT = Path(__file__).parents[1]
 BUNDLE_COMMAND = ["-m", "monai.bundle", "run"]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+CONFIG = json.loads((ROOT / "bundle" / "configs" / "train.json").read_text())
+HANDLERS = [handler["_target_"] for handler in CONFIG["train"]["handlers"]]
+LOGGING = f"train#handlers#{HANDLERS.index('StatsHandler')}#iteration_log"
 STEPS, CHANNELS = 4, 8
 FAST = {"network_def#steps": STEPS, "network_def#num_channels": CHANNELS}
 FAST_TRAINING = {
@@ -395,7 +398,7 @@ def test_a_training_that_was_killed_resumes_to_the_same_bits(
     settings = {"dataset_dir": dataset.path, "output_dir": tmp_path, **FAST_TRAINING}
     # in the middle of epoch 7, as a handler asks at each iteration whether to log it
     kill = "$lambda engine, iteration: iteration == 13 and os.kill(os.getpid(), 9)"
-    code, text = run("train", "training", **settings, **{"train#handlers#6#iteration_log": kill})
+    code, text = run("train", "training", **settings, **{LOGGING: kill})
     assert code == -signal.SIGKILL, text
     assert read_states(tmp_path)["last.pt"]["trainer"]["epoch"] == 6
 
@@ -432,7 +435,7 @@ def test_a_killed_process_ends_a_training_of_two_which_resumes(run, dataset, tmp
         return run("train multi_gpu_train", "training", **options)
 
     kill = "$lambda engine, iteration: iteration == 2 and os.kill(os.getpid(), 9)"
-    code, text = train(**{"train#handlers#6#iteration_log": kill})
+    code, text = train(**{LOGGING: kill})
     assert code > 0
     assert "Signal 9 (SIGKILL) received by PID" in text
     assert read_states(tmp_path)["last.pt"]["trainer"] == {"epoch": 1, "iteration": 1}

@@ -155,6 +155,13 @@ def test_on_several_gpus_only_the_first_one_writes(name):
             assert ("get_rank() > 0" in disabled) == (handler["_target_"] in silent)
 
 
+def test_the_benchmarks_unet_leaves_out_what_is_for_cell_automata():
+    overlay = json.loads((ROOT / "benchmarks" / "unet.json").read_text())
+    disabled = [key.removesuffix("#_disabled_") for key in overlay if key.endswith("_disabled_")]
+    names = [parse("train.json")[key]["_target_"] for key in disabled]
+    assert names == [f"mednca_monai.handlers.{name}" for name in ("StateNorm", "RandomSteps")]
+
+
 def test_metadata_follows_the_schema(shared):
     schema = shared / "reference" / "meta_schema_20240725.json"
     if not schema.is_file():

@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "bundle" / "configs"
 SETTINGS = {"network_def#steps": 3, "network_def#num_channels": 6, "roi_size": [8, 6, 7]}
+SETTINGS["amp"] = False
 
 
 def step(parser, batch):

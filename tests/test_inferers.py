@@ -125,6 +125,9 @@ def test_a_patch_in_bfloat16_is_close_and_leaves_the_callers_autocast_alone(
     assert_close(callers, half, rtol=0, atol=0)
     half.square().sum().backward()
     assert all(weight.grad.isfinite().all() for weight in network.parameters())
+    network, image = network.double(), image.double()
+    plain = RandomPatchInferer(3)(image, network, patch_start=start)
+    assert_close(RandomPatchInferer(3, amp=True)(image, network, patch_start=start), plain)
 
 
 def test_only_the_coarsest_level_sees_more_than_the_patch(make_network, spatial_dims):
@@ -510,3 +513,5 @@ def test_a_torchscript_network_runs_on_the_whole_image(make_network):
     expected = network(image)
     scripted = torch.jit.script(network)
     torch.testing.assert_close(TiledInferer(4)(image, scripted), expected)
+    ensemble = EnsembleInferer(TiledInferer(4), 2)
+    assert_close(ensemble(image, scripted)["std"], ensemble(image, network)["std"])
