@@ -66,12 +66,13 @@ def train(dataset_dir: str, output_dir: str, overlay: list[str], changes: dict[s
     start = time.time()
     if path.exists():  # resumed
         start -= 60 * float(path.read_text().splitlines()[-1].split(",")[1])
-    if idist.get_rank() == 0:
+    first = idist.get_rank() == 0
+    if first:
         noting = partial(note, path, start, trainer, evaluator)
         evaluator.add_event_handler(Events.COMPLETED, noting)
     trainer.run()
     parser.get_parsed_content("finalize")
-    if idist.get_rank() == 0:
+    if first:
         draw(path)
 
 
