@@ -78,8 +78,8 @@ def inside(dataset_dir: Path, name: str) -> str:
     path = Path(os.path.normpath(dataset_dir / name))
     if dataset_dir not in path.parents or dataset_dir.resolve() not in path.resolve().parents:
         raise ValueError(
-            f"`dataset.json` must name files in '{dataset_dir}' that are no links to elsewhere, "
-            f"got '{name}'."
+            f"`dataset.json` must name files in '{dataset_dir}', got '{name}', which lies or "
+            "leads elsewhere."
         )
     return str(path)
 
