@@ -1,5 +1,6 @@
 """Go on with the other images where one fails, and name all that failed at the end."""
 
+import sys
 from typing import Any
 
 from monai.data.dataset import Dataset
@@ -60,3 +61,17 @@ class FailSafeEvaluator(SupervisedEvaluator):
         self.logger.error(message)
         self.failures.append(message)
         return {}
+
+
+def run(evaluator: FailSafeEvaluator) -> None:
+    """Run an evaluator as a program, whose output ends with the list of what failed.
+
+    MONAI's runner would wrap a `FailedImagesError` in errors of its own.
+
+    Raises:
+        SystemExit: with this list, and exit code 1, where images failed.
+    """
+    try:
+        evaluator.run()
+    except FailedImagesError as error:
+        sys.exit(str(error))
