@@ -63,8 +63,8 @@ class RandomPatchInferer(Inferer):
 
     Args:
         roi_size: size of the patch in cells of the finest level; one value or one per axis.
-        amp: whether to compute in bfloat16 (`torch.autocast`), which processors that know it do
-            about twice as fast; weights and states stay in their own precision.
+        amp: whether to compute in bfloat16 (`torch.autocast`), the faster one on processors that
+            know it; weights and states stay in their own precision.
     """
 
     def __init__(self, roi_size: int | Sequence[int], amp: bool = False) -> None:

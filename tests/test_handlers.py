@@ -1,3 +1,4 @@
+import math
 import os
 
 import ignite.distributed as idist
@@ -391,7 +392,7 @@ def test_the_largest_state_of_an_epoch_is_logged():
     network = MedNCA(2, 1, 1, num_channels=2, steps=1)
     for level in network.levels:
         level.forward = lambda image, *_: image
-    values = [[1.0, 3.0, 2.0], [0.5, 0.5, 0.25]]
+    values = [[1.0, 3.0, 2.0], [0.5, 0.5, 0.25], [1.0, math.nan, 2.0]]
     logged = []
 
     def step(engine, value):
@@ -404,4 +405,6 @@ def test_the_largest_state_of_an_epoch_is_logged():
     )
     for epoch in values:
         engine.run(epoch)
-    assert logged == [{"state_rms_0": v, "state_rms_1": v} for v in (3.0, 0.5)]
+    for seen, largest in zip(logged, (3.0, 0.5, math.nan), strict=True):
+        assert list(seen) == ["state_rms_0", "state_rms_1"]
+        assert list(seen.values()) == pytest.approx([largest] * 2, nan_ok=True)
