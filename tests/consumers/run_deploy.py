@@ -7,6 +7,7 @@ import sys
 
 import nibabel
 import numpy as np
+from monai.deploy.conditions import CountCondition
 from monai.deploy.core import AppContext, Application, Image, IOType, Operator
 from monai.deploy.operators.monai_bundle_inference_operator import (
     BundleConfigNames,
@@ -20,7 +21,7 @@ class Source(Operator):
 
     def __init__(self, fragment, image):
         self.image = image
-        super().__init__(fragment)
+        super().__init__(fragment, CountCondition(fragment, 1))  # else it never ends
 
     def setup(self, spec):
         spec.output("image")
