@@ -7,7 +7,6 @@ from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 
-from mednca_monai.depthwise import depthwise_convolution
 from mednca_monai.firing import (
     drawn_sublattices,
     independent_fires,
@@ -26,6 +25,7 @@ from mednca_monai.grid import (
     reflect_pad,
     unreflect,
 )
+from mednca_monai.perception import depthwise_convolution, gathered_convolution
 
 # glibc gives memory back to the system by the size of the largest block that was ever freed; after
 # this one (31 MiB, never touched) a step's temporaries are reused instead of mapped again each time
@@ -59,11 +59,9 @@ class CellularAutomaton(nn.Module):
     fire add to their own channels what two dense layers make of that perception. The last layer
     starts at zero, so a new automaton changes nothing.
 
-    Perception and the first dense layer are both linear: with dense perception they run as one
-    convolution, folded anew in each `forward`, while the weights stay separate parameters. A step
-    works in place, one cache-sized block of cells after the other and, where that pays, on the
-    firing cells only. Training keeps the state of every ``segment_steps``-th step and computes the
-    rest again in the backward pass, which cannot itself be differentiated.
+    A step works in place, one cache-sized block of cells after the other and, where that pays, on
+    the firing cells only. Training keeps the state of every ``segment_steps``-th step and computes
+    the rest again in the backward pass, which cannot itself be differentiated.
 
     Reference:
         Kalkhof, J., González, C., Mukhopadhyay, A., "Med-NCA: Robust and Lightweight Segmentation
@@ -116,7 +114,6 @@ class CellularAutomaton(nn.Module):
         self.radius = kernel_size // 2
         self.is_dense = perception == "dense"
         self.is_normed = norm is not None
-        self.rule_length = 3 if self.is_dense else 4
         convolution = Conv[Conv.CONV, spatial_dims]
         around = 2 * num_channels if self.is_dense else num_channels
         groups = 1 if self.is_dense else num_channels
@@ -139,57 +136,57 @@ class CellularAutomaton(nn.Module):
             return nn.functional.conv2d(x, weight, bias, stride)
         return nn.functional.conv3d(x, weight, bias, stride)
 
-    def fold(self) -> list[Tensor]:
-        """Weights of a step, the linear layers joined, and nothing that changes image channels.
+    def rule(self) -> list[Tensor]:
+        """Weights of a step, the perception's bias in that of the hidden layer.
 
         Returns:
-            From the neighbourhood (dense) or the perception (depthwise) to the hidden layer,
-            ``(hidden_size, channels, *kernel)``; bias, ``(hidden_size,)``, what is perceived of a
-            zero state; from the hidden layer to the change, ``(num_channels, hidden_size, *ones)``;
-            if depthwise, the convolution of the perception, ``(num_channels, 1, *kernel)``.
+            Perception, ``(channels, num_channels or 1, *kernel)``; from the cell and its perception
+            to the hidden layer, ``(hidden_size, channels, *ones)``; bias, ``(hidden_size,)``, what
+            is perceived of a zero state; from the hidden layer to the change, ``(num_channels,
+            hidden_size, *ones)``, which is zero for image channels.
         """
-        own, around = self.hidden.weight.tensor_split([self.num_channels], 1)
-        zeros = own.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
+        weight = self.hidden.weight
+        zeros = weight.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
         no_state = [0, 0] * self.spatial_dims + [self.num_channels, 0]
         bias = self.hidden(nn.functional.pad(self.perception(zeros), no_state))
-        bias = bias.flatten().to(own.dtype)  # autocast or not
+        bias = bias.flatten().to(weight.dtype)  # autocast or not
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
-        channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
-        if not self.is_dense:
-            return [self.hidden.weight, bias, update, self.perception.weight]
-        kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
-        kernel = kernel + nn.functional.pad(own, [self.radius] * (2 * self.spatial_dims))
-        return [kernel.contiguous(memory_format=channels_last), bias, update]
+        return [self.perception.weight, weight, bias, update]
 
     def change(self, window: Tensor, rule: list[Tensor], fires: Tensor, stride: int) -> Tensor:
         """What a step adds to the cells of a window; image channels get zeros.
 
         Args:
             window: states, ``(B, num_channels, *padded)``, with the radius on each side.
-            rule: of `fold`.
+            rule: of `CellularAutomaton.rule`.
             fires: which cells fire, ``(B, 1, *spatial)``; empty if all of them.
             stride: the window's cells are every second one (2) or all (1).
 
         Returns:
             ``(B, num_channels, *spatial)``.
         """
-        kernel, bias, update = rule[:3]
-        if not self.is_dense:
-            around = depthwise_convolution(window, rule[3])
-            window = torch.cat([interior(window, self.radius), around], 1)
+        perception, hidden, bias, update = rule
         channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            window, perception = autocast(window), autocast(perception)
         window = window.contiguous(memory_format=channels_last)  # the faster one on CPU and GPU
         if fires.numel() > 0 and self.gathers(window):
-            return change_of_cells(window, kernel, bias, update, fires)
-        hidden = self.norm(self.convolve(window, kernel, bias, stride)).relu_()
-        change = self.convolve(hidden, update, None)
+            return change_of_cells(window, perception, hidden, bias, update, fires)
+        if self.is_dense:
+            around = self.convolve(window, perception, None, stride)
+        else:
+            around = depthwise_convolution(window, perception)
+        cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
+        x = torch.cat([cells, around], 1).contiguous(memory_format=channels_last)
+        x = self.norm(self.convolve(x, hidden, bias)).relu_()
+        change = self.convolve(x, update, None)
         return change * fires if fires.numel() > 0 else change
 
     def gathers(self, window: Tensor) -> bool:
         """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
-        few = self.threshold < 0.75 * 2**32
-        return few and window.device.type == "cpu" and not self.is_normed and not is_traced()
+        few = self.threshold < 0.75 * 2**32 and window.device.type == "cpu"
+        return few and self.is_dense and not self.is_normed and not is_traced()
 
     def fires(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
         """Cells of a block that fire in a step, ``(B, 1, *size)``; empty if sublattices do."""
@@ -287,7 +284,7 @@ class CellularAutomaton(nn.Module):
         Returns:
             The cells' own channels afterwards.
         """
-        rule = self.fold()
+        rule = self.rule()
         start = start.expand(image.shape[0], -1)
         digests = step_digests(seed.expand(image.shape[0]), self.level, self.steps)
         drawn = drawn_sublattices(digests[:, 0], self.spatial_dims)
@@ -339,29 +336,17 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def change_of_cells(
-    window: Tensor, kernel: Tensor, bias: Tensor, update: Tensor, fires: Tensor
+    window: Tensor, perception: Tensor, hidden: Tensor, bias: Tensor, update: Tensor, fires: Tensor
 ) -> Tensor:
-    """As `CellularAutomaton.change`, computed for the firing cells only.
-
-    Their neighbourhoods are gathered as rows of a matrix.
-    """
-    radius = kernel.shape[2] // 2
+    """As `CellularAutomaton.change`, computed for the firing cells only."""
+    radius = perception.shape[2] // 2
     border = [radius] * (2 * (fires.dim() - 2))
     cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
-    offsets = [0]
-    for length in window.shape[2:]:
-        lines = [offset * length for offset in offsets]
-        offsets = []
-        for line in lines:
-            offsets += [line + i for i in range(-radius, radius + 1)]
     states = window.movedim(1, -1).flatten(0, -2)
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        states = autocast(states)  # now, as the rows hold every state many times
-    around = cells.unsqueeze(1) + torch.tensor(offsets)
-    rows = states.index_select(0, around.flatten())
-    rows = rows.view(cells.shape[0], len(offsets) * window.shape[1])
-    hidden = torch.addmm(bias, rows, kernel.movedim(1, -1).flatten(1).t()).relu_()
-    changes = torch.mm(hidden, update.flatten(1).t())
+    around = gathered_convolution(window, perception, cells)
+    x = torch.cat([states.index_select(0, cells), around], 1)
+    x = torch.addmm(bias, x, hidden.flatten(1).t()).relu_()
+    changes = torch.mm(x, update.flatten(1).t())
     change = changes.new_zeros([states.shape[0], changes.shape[1]]).index_copy_(0, cells, changes)
     shape = [window.shape[0]] + list(window.shape[2:]) + [changes.shape[1]]  # noqa: RUF005 (TorchScript)
     return interior(change.view(shape).movedim(-1, 1), radius)
@@ -385,7 +370,7 @@ class Trajectory(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         """Cells after all steps; the weights are the rule's, then the normalisation's."""
-        rule = [weight.detach() for weight in weights[: automaton.rule_length]]
+        rule = [weight.detach() for weight in weights[:4]]
         padded, blocks = automaton.pad(image, cells), automaton.blocks(cells)
         own = automaton.own(padded)
         kept: list[Tensor] = []
@@ -407,8 +392,8 @@ class Trajectory(torch.autograd.Function):
         image, *saved = ctx.saved_tensors
         starts = range(0, automaton.steps, automaton.segment_steps)
         kept = [saved.pop() for _ in starts]
-        rule = [weight.detach().requires_grad_() for weight in saved[: automaton.rule_length]]
-        weights = [*rule, *saved[automaton.rule_length :]]
+        rule = [weight.detach().requires_grad_() for weight in saved[:4]]
+        weights = [*rule, *saved[4:]]
         sums = [torch.zeros_like(weight) for weight in weights]
         buffers = [buffer.clone() for buffer in automaton.norm.buffers()]
         padded = automaton.pad(image, kept[0])

@@ -74,7 +74,7 @@ def test_only_the_last_layer_of_a_new_automaton_is_zero(spatial_dims):
     assert [name for name, weight in weights if not weight.any()] == ["update.weight"]
 
 
-def test_the_folded_rule_equals_the_rule_layer_by_layer(spatial_dims, rule, size):
+def test_the_steps_equal_the_rule_layer_by_layer(spatial_dims, rule, size):
     automaton, state = make_automaton(spatial_dims, **rule), make_state(size)
     seed, start = torch.tensor([7, -8]), torch.tensor([[2, 0, 9], [31, 5, 1]])[:, :spatial_dims]
     with torch.no_grad():
