@@ -124,25 +124,22 @@ def fires(level: int, step: int, shape: tuple[int, ...], threshold: int) -> Arra
     return digest < threshold
 
 
-def fold(weights: dict[str, Array], level: int) -> tuple[Array, Array, Array]:
-    """Kernel ``(27 * C, hidden)``, bias and last layer ``(hidden, C)`` of a level's rule."""
+def read_rule(weights: dict[str, Array], level: int) -> tuple[Array, ...]:
+    """Perception ``(27 * C, 2 * C)``, hidden layer ``(3 * C, hidden)``, its bias, last layer."""
     perception, bias, hidden, hidden_bias, update = (
         weights[f"levels.{level}.{name}"]
         for name in (
             "perception.weight", "perception.bias", "hidden.weight", "hidden.bias", "update.weight",
         )
     )  # fmt: skip
-    hidden, update = hidden[:, :, 0, 0, 0], update[:, :, 0, 0, 0]
-    channels = update.shape[0]
-    own, around = hidden[:, :channels], hidden[:, channels:]
-    kernel = np.einsum("hp,pcxyz->xyzch", around, perception)
-    kernel[1, 1, 1] += own.T
-    return kernel.reshape(-1, len(hidden)), hidden_bias + around @ bias, update.T
+    hidden, update = hidden[:, :, 0, 0, 0].T, update[:, :, 0, 0, 0].T
+    bias = hidden_bias + bias @ hidden[-len(bias) :]
+    return perception.transpose(2, 3, 4, 1, 0).reshape(-1, len(perception)), hidden, bias, update
 
 
-def run_level(image: Array, cells: Array, rule: tuple[Array, Array, Array], fired: Any) -> Array:
+def run_level(image: Array, cells: Array, rule: tuple[Array, ...], fired: Any) -> Array:
     """Cells' own channels after all steps, both ``(*spatial, channels)``."""
-    kernel, bias, update = rule
+    perception, hidden, bias, update = rule
     channels, known = update.shape[1], image.shape[-1]
     width = [(1, 1)] * 3 + [(0, 0)]
     padded_shape = [n + 2 for n in image.shape[:3]]
@@ -155,9 +152,9 @@ def run_level(image: Array, cells: Array, rule: tuple[Array, Array, Array], fire
         change = np.empty((len(first), channels - known), np.float32)
         for i in range(0, len(first), CELLS):
             around = padded[first[i : i + CELLS, None] + around_first]
-            hidden = around.reshape(len(around), -1) @ kernel + bias
-            np.maximum(hidden, 0, out=hidden)
-            change[i : i + CELLS] = hidden @ update[:, known:]
+            perceived = around.reshape(len(around), -1) @ perception
+            x = np.concatenate([around[:, 13], perceived], -1) @ hidden + bias  # 13: the cell
+            change[i : i + CELLS] = np.maximum(x, 0, out=x) @ update[:, known:]
         state[(*places, slice(known, None))] += change
     return state[..., known:]
 
@@ -190,7 +187,7 @@ def segment(image: Array, weights: dict[str, Array], settings: dict[str, Any]) -
             for axis, n in enumerate(factor):
                 cells = cells.repeat(n, axis).take(range(shape[axis]), axis)
         fired = (fires(level, step, shape, threshold) for step in range(steps[level]))
-        cells = run_level(reduced, cells, fold(weights, level), fired)
+        cells = run_level(reduced, cells, read_rule(weights, level), fired)
     return cells[..., : settings["out_channels"]]
 
 
