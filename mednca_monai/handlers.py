@@ -56,8 +56,8 @@ class RandomSteps:
         network: that is trained.
         factors: of ``network.steps``, each above 0.
         weights: how likely each factor is, each at least 0.
-        first_epoch: that draws, counted from 1 over all runs of the trainer; what is learnt before
-            is learnt sooner without.
+        last_epochs: so many at the end of each run of the trainer draw, all if ``None``; what comes
+            before is learnt sooner without.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -68,7 +68,7 @@ class RandomSteps:
         network: MedNCA,
         factors: Sequence[float],
         weights: Sequence[float],
-        first_epoch: int = 1,
+        last_epochs: int | None = None,
     ) -> None:
         if len(factors) == 0 or min(factors) <= 0:
             raise ValueError(f"`factors` must be above 0, got {factors!r}.")
@@ -79,7 +79,7 @@ class RandomSteps:
         self.network = network
         self.factors = factors
         self.weights = torch.tensor(weights, dtype=torch.float64)
-        self.first_epoch = first_epoch
+        self.last_epochs = last_epochs
 
     def attach(self, engine: Engine) -> None:
         """Draw before each iteration, restore after it."""
@@ -88,7 +88,8 @@ class RandomSteps:
 
     def draw(self, engine: Engine) -> None:
         """Take a factor for this iteration."""
-        if engine.state.epoch < self.first_epoch:
+        left = (engine.state.max_epochs or 0) - engine.state.epoch
+        if self.last_epochs is not None and left >= self.last_epochs:
             return
         generator = torch.Generator().manual_seed(engine.state.iteration)
         drawn = int(torch.multinomial(self.weights, 1, generator=generator))

@@ -338,7 +338,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
     assert (tmp_path / "last.pt").read_bytes() == content
 
 
-def steps_of_a_training(factors, weights, start=0, max_epochs=10, first_epoch=1):
+def steps_of_a_training(factors, weights, start=0, max_epochs=10, last_epochs=None):
     """Steps that both levels of a network take in each iteration, and the network afterwards."""
     network = MedNCA(2, 1, 1, steps=(8, 6))
     seen = {}
@@ -348,7 +348,7 @@ def steps_of_a_training(factors, weights, start=0, max_epochs=10, first_epoch=1)
 
     engine = Engine(note)
     engine.add_event_handler(Events.STARTED, resume_after(start))
-    RandomSteps(network, factors, weights, first_epoch).attach(engine)
+    RandomSteps(network, factors, weights, last_epochs).attach(engine)
     engine.run([0] * ITERATIONS, max_epochs=max_epochs)
     assert [level.steps for level in network.levels] == [8, 6]
     return seen
@@ -360,10 +360,23 @@ def test_steps_are_drawn_as_often_as_their_weights_say():
     assert seen.count((4, 3)) / len(seen) == pytest.approx(0.75, abs=0.08)
 
 
-def test_steps_are_drawn_from_the_first_epoch_on():
-    seen = steps_of_a_training([2], [1], first_epoch=4)
-    assert {i for i, steps in seen.items() if steps == (16, 12)} == {*range(10, 31)}
-    assert {i for i, steps in seen.items() if steps == (8, 6)} == {*range(1, 10)}
+@pytest.mark.parametrize("last_epochs", [0, 1, 7, 10, 20])
+def test_steps_are_drawn_in_the_last_epochs(last_epochs):
+    seen = steps_of_a_training([2], [1], last_epochs=last_epochs)
+    first = ITERATIONS * max(10 - last_epochs, 0) + 1
+    assert {i for i, steps in seen.items() if steps == (16, 12)} == {*range(first, 31)}
+    assert {i for i, steps in seen.items() if steps == (8, 6)} == {*range(1, first)}
+
+
+def test_each_run_of_a_trainer_draws_in_its_own_last_epochs():
+    seen = []
+    network = MedNCA(2, 1, 1, steps=8)
+    engine = Engine(lambda engine, batch: seen.append(network.levels[0].steps))
+    RandomSteps(network, [2], [1], last_epochs=1).attach(engine)
+    for max_epochs in (3, 5):  # as a federated client's rounds do
+        engine.state.max_epochs = max_epochs
+        engine.run([0])
+    assert seen == [8, 8, 16, 8, 16]
 
 
 def test_a_training_that_resumes_draws_the_same_steps():
