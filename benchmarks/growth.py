@@ -3,7 +3,7 @@
 One factor at a time is changed from the setting 256², 16 channels, hidden layer 64, 16 + 16 steps,
 one image. Operations are those of the firing half of the cells, per step and cell of a level
 fire_rate * 2 * (9 * C * 2 * C + 3 * C * H + H * (C - in_channels)); bytes are those that must pass
-through main memory where a state does not fit the cache, 16 * C (read, change written, both read,
+through main memory where a state does not fit the cache, 20 * C (read, change written, both read,
 sum written).
 
 Run: python benchmarks/growth.py [picture.png]
@@ -53,7 +53,7 @@ def build(setting: dict[str, int], firing: str) -> tuple[nn.Module, torch.Tensor
     cells = sum(size**2 / 16**level for level in range(setting["levels"])) * setting["batch"]
     products = 9 * channels * 2 * channels + 3 * channels * hidden + hidden * (channels - 1)
     operations = cells * steps * 0.5 * 2 * products
-    moved = cells * steps * 16 * channels
+    moved = cells * steps * 20 * channels
     return network, torch.rand(setting["batch"], 1, size, size), operations, moved
 
 

@@ -140,10 +140,10 @@ class CellularAutomaton(nn.Module):
         """Weights of a step, the perception's bias in that of the hidden layer.
 
         Returns:
-            Perception, ``(channels, num_channels or 1, *kernel)``; from the cell and its perception
-            to the hidden layer, ``(hidden_size, channels, *ones)``; bias, ``(hidden_size,)``, what
-            is perceived of a zero state; from the hidden layer to the change, ``(num_channels,
-            hidden_size, *ones)``, which is zero for image channels.
+            Perception, ``(around, num_channels or 1, *kernel)``; from a cell and its perception to
+            the hidden layer, ``(hidden_size, num_channels + around, *ones)``; bias,
+            ``(hidden_size,)``, the hidden layer of a zero state; from the hidden layer to the
+            change, ``(num_channels, hidden_size, *ones)``, which is zero for image channels.
         """
         weight = self.hidden.weight
         zeros = weight.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
@@ -186,7 +186,7 @@ class CellularAutomaton(nn.Module):
     def gathers(self, window: Tensor) -> bool:
         """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
         few = self.threshold < 0.75 * 2**32 and window.device.type == "cpu"
-        return few and self.is_dense and not self.is_normed and not is_traced()
+        return few and not self.is_normed and not is_traced()
 
     def fires(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
         """Cells of a block that fire in a step, ``(B, 1, *size)``; empty if sublattices do."""
@@ -330,7 +330,7 @@ def is_traced() -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """As operations under autocast on the CPU would take it; they leave float64 alone."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
         return x
     return x.to(torch.get_autocast_dtype("cpu"))
 
@@ -343,7 +343,11 @@ def change_of_cells(
     border = [radius] * (2 * (fires.dim() - 2))
     cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
     states = window.movedim(1, -1).flatten(0, -2)
-    around = gathered_convolution(window, perception, cells)
+    if perception.shape[1] == window.shape[1]:
+        around = gathered_convolution(window, perception, cells)
+    else:
+        around = depthwise_convolution(window, perception).movedim(1, -1).flatten(0, -2)
+        around = around.index_select(0, fires.flatten().nonzero().flatten())
     x = torch.cat([states.index_select(0, cells), around], 1)
     x = torch.addmm(bias, x, hidden.flatten(1).t()).relu_()
     changes = torch.mm(x, update.flatten(1).t())

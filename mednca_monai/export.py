@@ -6,6 +6,7 @@ Run: python -m mednca_monai.export [--bundle_dir bundle]   (a few minutes; needs
 import argparse
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from monai.bundle.scripts import ckpt_export, onnx_export
 from mednca_monai.package import BUNDLE
 
 
-def strip(path: Path) -> None:
+def strip_script(path: Path) -> None:
+    """Remove from a TorchScript file what tells where on this machine its code comes from."""
+    with zipfile.ZipFile(path) as file:
+        items = [item for item in file.infolist() if not item.filename.endswith(".debug_pkl")]
+        contents = [file.read(item) for item in items]
+    with zipfile.ZipFile(path, "w") as file:
+        for item, content in zip(items, contents, strict=True):
+            file.writestr(item, content)
+
+
+def strip_graph(path: Path) -> None:
     """Remove from an ONNX file what only tells where its nodes come from; it is most of it."""
     model = onnx.load(str(path))
     for node in model.graph.node:
@@ -57,7 +68,8 @@ def export(bundle_dir: str = str(BUNDLE)) -> None:
             converter_kwargs={**onnx_settings, "dynamic_axes": {"image": free}},
             **files,
         )
-        strip(built / "model.onnx")
+        strip_script(built / "model.ts")
+        strip_graph(built / "model.onnx")
         for name in ("model.ts", "model.onnx"):
             os.replace(built / name, root / "models" / name)
 

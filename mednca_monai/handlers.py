@@ -56,8 +56,8 @@ class RandomSteps:
         network: that is trained.
         factors: of ``network.steps``, each above 0.
         weights: how likely each factor is, each at least 0.
-        last_epochs: so many at the end of each run of the trainer draw, all if ``None``; what comes
-            before is learnt sooner without.
+        last_epochs: so many (at least 0) at the end of each run of the trainer draw, all if
+            ``None``; what comes before is learnt sooner without.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -76,6 +76,8 @@ class RandomSteps:
             raise ValueError(
                 f"`weights` must be one per factor, at least 0 and not all 0, got {weights!r}."
             )
+        if last_epochs is not None and last_epochs < 0:
+            raise ValueError(f"`last_epochs` must be at least 0, got {last_epochs!r}.")
         self.network = network
         self.factors = factors
         self.weights = torch.tensor(weights, dtype=torch.float64)

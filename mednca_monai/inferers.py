@@ -63,7 +63,7 @@ class RandomPatchInferer(Inferer):
 
     Args:
         roi_size: size of the patch in cells of the finest level; one value or one per axis.
-        amp: whether to compute in bfloat16 (`torch.autocast`), the faster one on processors that
+        amp: whether to compute in bfloat16 (`torch.autocast`), which is faster on processors that
             know it; weights and states stay in their own precision.
     """
 
@@ -182,11 +182,11 @@ class TiledInferer(Inferer):
         """
         image = convert_to_tensor(inputs, track_meta=False)
         check_finite(image)
-        if not hasattr(unwrapped(network), "norm_spans_cells"):  # TorchScript
+        module = unwrapped(network)
+        if not hasattr(module, "norm_spans_cells"):  # TorchScript
             logits = network(image, seed=seed)
             device = logits.device if self.device is None else self.device
             return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=device)[0]
-        module = unwrapped(network)
         if module.norm_spans_cells():
             raise ValueError(
                 "`norm` must not span cells where an image is tiled, got a network whose "

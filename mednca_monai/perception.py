@@ -23,7 +23,7 @@ def neighbourhoods(window: Tensor, cells: Tensor, radius: int) -> Tensor:
         offsets = []
         for line in lines:
             offsets += [line + i for i in range(-radius, radius + 1)]
-    around = cells.unsqueeze(1) + torch.tensor(offsets, device=cells.device)
+    around = cells.unsqueeze(1) + torch.tensor(offsets)
     rows = window.movedim(1, -1).flatten(0, -2).index_select(0, around.flatten())
     return rows.view(cells.shape[0], len(offsets) * window.shape[1])
 
@@ -33,21 +33,21 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1).t()
 
 
-def convolve(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """Dense convolution of states that are channels last in memory."""
-    dims = x.dim() - 2
+def same_convolution(grid: Tensor, weight: Tensor) -> Tensor:
+    """Dense convolution, padded with zeros to the grid's own size; channels last in memory."""
+    dims, radius = grid.dim() - 2, weight.shape[2] // 2
     channels_last = torch.channels_last if dims == 2 else torch.channels_last_3d
     weight = weight.contiguous(memory_format=channels_last)
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if grid.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         # what PyTorch chooses for a single small volume takes six times as long
         one = [1] * dims
-        return torch.mkldnn_convolution(x, weight, None, [padding] * dims, one, one, 1)
+        return torch.mkldnn_convolution(grid, weight, None, [radius] * dims, one, one, 1)
     function = nn.functional.conv2d if dims == 2 else nn.functional.conv3d
-    return function(x, weight, padding=padding)
+    return function(grid, weight, padding=radius)
 
 
 class GatheredConvolution(torch.autograd.Function):
-    """Dense convolution of some cells of a window.
+    """Dense convolution of some cells of a window, on the CPU.
 
     The gradient of the window is the convolution of theirs, on a grid of zeros, with the turned
     kernel: in 3-D faster than adding to the neighbours of each cell.
@@ -72,7 +72,7 @@ class GatheredConvolution(torch.autograd.Function):
         grid = gradient.new_zeros(batch, *size, out)
         grid.view(-1, out).index_copy_(0, cells, gradient)
         turned = weight.transpose(0, 1).flip(*range(2, weight.dim()))
-        return convolve(grid.movedim(-1, 1), turned, kernel[0] // 2), of_weight, None
+        return same_convolution(grid.movedim(-1, 1), turned), of_weight, None
 
 
 class DepthwiseConvolution(torch.autograd.Function):
@@ -94,7 +94,6 @@ class DepthwiseConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of input and kernel."""
         x, weight = ctx.saved_tensors
-        gradient = gradient.to(x.dtype)
         groups, reach = len(weight), [n - 1 for n in weight.shape[2:]]
         turned = weight.flip(2, 3, 4)
         of_x = nn.functional.conv3d(gradient, turned, padding=reach, groups=groups)
@@ -120,11 +119,11 @@ def fast_depthwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def gathered_convolution(window: Tensor, weight: Tensor, cells: Tensor) -> Tensor:
-    """Convolve the neighbourhoods of some cells only.
+    """Convolve the neighbourhoods of some cells only, on the CPU.
 
     Args:
         window: states, ``(B, C, *padded)``, with the kernel's radius on each side, channels last in
-            memory; of the dtype of ``weight``.
+            memory; of the dtype of ``weight``, also under autocast.
         weight: ``(out, C, *kernel)``, all sides of the kernel the same odd number.
         cells: flat positions in ``(B, *padded)``, int64, ``(N,)``.
 
@@ -140,7 +139,7 @@ def depthwise_convolution(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve each channel of ``(B, C, *spatial)`` with its own kernel, without padding.
 
     Args:
-        x: 2-D or 3-D, of the dtype of ``weight``.
+        x: 2-D or 3-D, of the dtype of ``weight``, also under autocast.
         weight: ``(C, 1, *kernel)``.
     """
     if x.dim() == 4:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -15,6 +16,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from mednca_monai.export import export
 
 BUNDLE = Path(__file__).parents[1] / "bundle"
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.8", reason="its exporter to ONNX takes no image of any size"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,13 @@ def bundle(tmp_path_factory):
 
 def test_exports_lie_beside_the_weights(bundle):
     assert sorted(os.listdir(bundle[0])) == ["model.onnx", "model.pt", "model.ts"]
+
+
+def test_exports_do_not_tell_where_they_were_made(bundle):
+    here = str(BUNDLE.parent).encode()
+    assert here not in (bundle[0] / "model.onnx").read_bytes()
+    with zipfile.ZipFile(bundle[0] / "model.ts") as file:
+        assert all(here not in file.read(name) for name in file.namelist())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 9, 12, 10), (3, 1, 4, 1, 21)])

@@ -401,6 +401,11 @@ def test_wrong_step_factors_are_refused(factors, weights, message):
         RandomSteps(MedNCA(2, 1, 1), factors, weights)
 
 
+def test_the_last_epochs_must_be_a_number_of_epochs():
+    with pytest.raises(ValueError, match="`last_epochs` must be at least 0, got -1"):
+        RandomSteps(MedNCA(2, 1, 1), [1], [1], last_epochs=-1)
+
+
 def test_the_largest_state_of_an_epoch_is_logged():
     network = MedNCA(2, 1, 1, num_channels=2, steps=1)
     for level in network.levels:

@@ -373,6 +373,7 @@ def report_of_one_rank(rank, folder):
     cases = {name: (left if name in "ad" else right, left) for name in names}
     (folder / f"data{rank}").mkdir()
     evaluate(folder / f"data{rank}", save_dir, cases, measures=["dice"])
+    idist.barrier()  # the end would wait for ever for a thread of gloo that still holds a tensor
     idist.finalize()
 
 
