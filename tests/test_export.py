@@ -16,9 +16,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from mednca_monai.export import export
 
 BUNDLE = Path(__file__).parents[1] / "bundle"
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < "2.8", reason="its exporter to ONNX takes no image of any size"
-)
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.8", reason="takes no image of any size")
 
 
 @pytest.fixture(scope="module")

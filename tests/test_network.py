@@ -409,6 +409,7 @@ def test_forward_refuses_wrong_arguments(make_network, image, seed, message):
         make_network(2).float()(image, seed)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="takes no image of any size")
 def test_an_exported_onnx_graph_gives_the_same_logits_at_any_size(
     make_network, spatial_dims, tmp_path
 ):
