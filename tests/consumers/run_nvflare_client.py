@@ -27,10 +27,11 @@ def main(bundle, dataset_dir, output_dir, site, local_epochs):
     flare.init()  # its threads import modules, which must not happen while MONAI lists them
     while flare.is_running():
         received = flare.receive()
+        total = sum(float(value.double().abs().sum()) for value in received.params.values())
         dice = algo.evaluate(ExchangeObject(weights=received.params)).metrics["val_dice"]
         algo.train(ExchangeObject(weights=received.params))
         answer = algo.get_weights()
-        weights = {key: value.numpy() for key, value in answer.weights.items()}
+        weights = answer.weights  # tensors: of arrays NVFlare takes none here
         steps = answer.statistics[FlStatistics.NUM_EXECUTED_ITERATIONS]
         sent = sum(value.nbytes for value in weights.values())
         flare.send(
@@ -41,8 +42,9 @@ def main(bundle, dataset_dir, output_dir, site, local_epochs):
                 meta={"NUM_STEPS_CURRENT_ROUND": steps},
             )
         )
+        report = {"dice": dice, "bytes": sent, "steps": steps, "received": total}
         with open(f"{output_dir}/{site}.jsonl", "a") as file:
-            file.write(json.dumps({"dice": dice, "bytes": sent, "steps": steps}) + "\n")
+            file.write(json.dumps(report) + "\n")
     algo.finalize()
 
 

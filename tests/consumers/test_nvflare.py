@@ -22,6 +22,9 @@ def test_two_clients_train_one_network(run, bundle, make_dataset, tmp_path):
         assert report["bytes"] == 4 * 25008
         assert 200 * report["bytes"] < result["unet"]
         assert report["dice"] > 0.7
+    one, other = ([report["received"] for report in reports] for reports in result["reports"])
+    assert one == other
+    assert one[0] != one[1]
     first, last = (report["dice"] for report in result["reports"][0])
     assert first != last
     assert result["final"]["val_dice"] > 0.7
