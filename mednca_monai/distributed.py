@@ -1,5 +1,7 @@
 """Loss of a batch that several processes share, and their end."""
 
+import ctypes
+
 import torch
 from torch import Tensor, distributed, nn
 
@@ -41,11 +43,11 @@ class GatheredLoss(nn.Module):
         return value
 
 
-def leave(network: nn.parallel.DistributedDataParallel) -> None:
-    """Leave the process group; ``network`` cannot be used any more, its module can.
+def leave() -> None:
+    """Leave the process group, which stays in memory until the process ends.
 
-    Of the group's references, that in ``network`` must not be the last to go: torch would wait for
-    a thread of gloo that may itself wait for Python, for ever.
+    Its destructor would wait for the threads of gloo, one of which may itself wait for Python, to
+    release a tensor: for ever, where Python waits for the destructor.
     """
-    vars(network).clear()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(distributed.group.WORLD))
     distributed.destroy_process_group()
