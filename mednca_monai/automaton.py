@@ -114,6 +114,11 @@ class CellularAutomaton(nn.Module):
         self.radius = kernel_size // 2
         self.is_dense = perception == "dense"
         self.is_normed = norm is not None
+        # operations of one product over those of two
+        apart = kernel_size**spatial_dims * 2 * num_channels + 3 * hidden_size
+        self.cost_of_folding = kernel_size**spatial_dims * hidden_size / apart
+        # sublattices are strided convolutions, without masks
+        self.is_strided = self.is_dense and norm is None and firing == "sublattices"
         convolution = Conv[Conv.CONV, spatial_dims]
         around = 2 * num_channels if self.is_dense else num_channels
         groups = 1 if self.is_dense else num_channels
@@ -136,14 +141,21 @@ class CellularAutomaton(nn.Module):
             return nn.functional.conv2d(x, weight, bias, stride)
         return nn.functional.conv3d(x, weight, bias, stride)
 
-    def rule(self) -> list[Tensor]:
+    def rule(self, gathers: bool) -> list[Tensor]:
         """Weights of a step, the perception's bias in that of the hidden layer.
 
+        Perception and hidden layer are both linear: where one product is the faster, they are one.
+
+        Args:
+            gathers: whether the firing cells are gathered.
+
         Returns:
-            Perception, ``(around, num_channels or 1, *kernel)``; from a cell and its perception to
-            the hidden layer, ``(hidden_size, num_channels + around, *ones)``; bias,
-            ``(hidden_size,)``, the hidden layer of a zero state; from the hidden layer to the
-            change, ``(num_channels, hidden_size, *ones)``, which is zero for image channels.
+            Bias, ``(hidden_size,)``, the hidden layer of a zero state; from the hidden layer to the
+            change, ``(num_channels, hidden_size, *ones)``, which is zero for image channels;
+            perception, ``(around, num_channels or 1, *kernel)``; from a cell and its perception to
+            the hidden layer, ``(hidden_size, num_channels + around, *ones)``. Or instead of the
+            last two, from the neighbourhood to the hidden layer, ``(hidden_size, num_channels,
+            *kernel)``.
         """
         weight = self.hidden.weight
         zeros = weight.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
@@ -152,7 +164,12 @@ class CellularAutomaton(nn.Module):
         bias = bias.flatten().to(weight.dtype)  # autocast or not
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
-        return [self.perception.weight, weight, bias, update]
+        if not self.is_dense or self.cost_of_folding > (1.0 if gathers else 1.5):  # measured
+            return [bias, update, self.perception.weight, weight]
+        own, around = weight.tensor_split([self.num_channels], 1)
+        kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
+        kernel = kernel + nn.functional.pad(own, [self.radius] * (2 * self.spatial_dims))
+        return [bias, update, kernel]
 
     def change(self, window: Tensor, rule: list[Tensor], fires: Tensor, stride: int) -> Tensor:
         """What a step adds to the cells of a window; image channels get zeros.
@@ -166,27 +183,31 @@ class CellularAutomaton(nn.Module):
         Returns:
             ``(B, num_channels, *spatial)``.
         """
-        perception, hidden, bias, update = rule
+        bias, update, kernel = rule[:3]
         channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            window, perception = autocast(window), autocast(perception)
+            window, kernel = autocast(window), autocast(kernel)
         window = window.contiguous(memory_format=channels_last)  # the faster one on CPU and GPU
-        if fires.numel() > 0 and self.gathers(window):
-            return change_of_cells(window, perception, hidden, bias, update, fires)
-        if self.is_dense:
-            around = self.convolve(window, perception, None, stride)
+        kernel = kernel.contiguous(memory_format=channels_last)
+        if self.gathers(window):
+            return change_of_cells(window, kernel, rule[3:], bias, update, fires)
+        if len(rule) == 3:
+            x = self.convolve(window, kernel, bias, stride)
         else:
-            around = depthwise_convolution(window, perception)
-        cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
-        x = torch.cat([cells, around], 1).contiguous(memory_format=channels_last)
-        x = self.norm(self.convolve(x, hidden, bias)).relu_()
-        change = self.convolve(x, update, None)
+            if self.is_dense:
+                around = self.convolve(window, kernel, None, stride)
+            else:
+                around = depthwise_convolution(window, kernel)
+            cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
+            x = torch.cat([cells, around], 1).contiguous(memory_format=channels_last)
+            x = self.convolve(x, rule[3], bias)
+        change = self.convolve(self.norm(x).relu_(), update, None)
         return change * fires if fires.numel() > 0 else change
 
-    def gathers(self, window: Tensor) -> bool:
+    def gathers(self, x: Tensor) -> bool:
         """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
-        few = self.threshold < 0.75 * 2**32 and window.device.type == "cpu"
-        return few and not self.is_normed and not is_traced()
+        few = self.threshold < 0.75 * 2**32 and x.device.type == "cpu"
+        return few and not self.is_strided and not self.is_normed and not is_traced()
 
     def fires(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
         """Cells of a block that fire in a step, ``(B, 1, *size)``; empty if sublattices do."""
@@ -284,7 +305,7 @@ class CellularAutomaton(nn.Module):
         Returns:
             The cells' own channels afterwards.
         """
-        rule = self.rule()
+        rule = self.rule(self.gathers(image))
         start = start.expand(image.shape[0], -1)
         digests = step_digests(seed.expand(image.shape[0]), self.level, self.steps)
         drawn = drawn_sublattices(digests[:, 0], self.spatial_dims)
@@ -292,7 +313,7 @@ class CellularAutomaton(nn.Module):
         scripting = torch.jit.is_scripting()  # type: ignore[attr-defined]
         if is_traced() or (scripting and torch.is_grad_enabled()):
             return self.unroll(image, cells, masks, rule)
-        if self.firing != "sublattices" or self.is_normed or not self.is_dense:
+        if not self.is_strided:
             return self.roll(image, cells, masks, rule)
         # items that start at even and at odd positions have their sublattices in other places
         parities = start & 1
@@ -317,7 +338,7 @@ class CellularAutomaton(nn.Module):
     def recompute(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
         """All steps in place, whose backward pass computes them again."""
         weights = [*rule, *(weight for weight in self.norm.parameters() if weight.requires_grad)]
-        result: Tensor = Trajectory.apply(self, image, cells, firing, *weights)  # type: ignore[no-untyped-call]
+        result: Tensor = Trajectory.apply(self, image, cells, firing, len(rule), *weights)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -336,21 +357,29 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def change_of_cells(
-    window: Tensor, perception: Tensor, hidden: Tensor, bias: Tensor, update: Tensor, fires: Tensor
+    window: Tensor,
+    kernel: Tensor,
+    hidden: list[Tensor],
+    bias: Tensor,
+    update: Tensor,
+    fires: Tensor,
 ) -> Tensor:
     """As `CellularAutomaton.change`, computed for the firing cells only."""
-    radius = perception.shape[2] // 2
+    radius = kernel.shape[2] // 2
     border = [radius] * (2 * (fires.dim() - 2))
     cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
     states = window.movedim(1, -1).flatten(0, -2)
-    if perception.shape[1] == window.shape[1]:
-        around = gathered_convolution(window, perception, cells)
+    if kernel.shape[1] == window.shape[1]:
+        around = gathered_convolution(window, kernel, cells)
     else:
-        around = depthwise_convolution(window, perception).movedim(1, -1).flatten(0, -2)
+        around = depthwise_convolution(window, kernel).movedim(1, -1).flatten(0, -2)
         around = around.index_select(0, fires.flatten().nonzero().flatten())
-    x = torch.cat([states.index_select(0, cells), around], 1)
-    x = torch.addmm(bias, x, hidden.flatten(1).t()).relu_()
-    changes = torch.mm(x, update.flatten(1).t())
+    if len(hidden) == 0:
+        x = around + bias.to(around.dtype)
+    else:
+        x = torch.cat([states.index_select(0, cells), around], 1)
+        x = torch.addmm(bias, x, hidden[0].flatten(1).t())
+    changes = torch.mm(x.relu_(), update.flatten(1).t())
     change = changes.new_zeros([states.shape[0], changes.shape[1]]).index_copy_(0, cells, changes)
     shape = [window.shape[0]] + list(window.shape[2:]) + [changes.shape[1]]  # noqa: RUF005 (TorchScript)
     return interior(change.view(shape).movedim(-1, 1), radius)
@@ -371,10 +400,11 @@ class Trajectory(torch.autograd.Function):
         image: Tensor,
         cells: Tensor,
         firing: Firing,
+        length: int,
         *weights: Tensor,
     ) -> Tensor:
-        """Cells after all steps; the weights are the rule's, then the normalisation's."""
-        rule = [weight.detach() for weight in weights[:4]]
+        """Cells after all steps; the weights are the rule's, ``length``, then the norm's."""
+        rule = [weight.detach() for weight in weights[:length]]
         padded, blocks = automaton.pad(image, cells), automaton.blocks(cells)
         own = automaton.own(padded)
         kept: list[Tensor] = []
@@ -384,7 +414,7 @@ class Trajectory(torch.autograd.Function):
             automaton.advance(padded, firing, step, rule, blocks)
         device = image.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.automaton, ctx.firing, ctx.blocks = automaton, firing, blocks
+        ctx.automaton, ctx.firing, ctx.length, ctx.blocks = automaton, firing, length, blocks
         ctx.save_for_backward(image, *weights, *kept)
         return own
 
@@ -396,8 +426,8 @@ class Trajectory(torch.autograd.Function):
         image, *saved = ctx.saved_tensors
         starts = range(0, automaton.steps, automaton.segment_steps)
         kept = [saved.pop() for _ in starts]
-        rule = [weight.detach().requires_grad_() for weight in saved[:4]]
-        weights = [*rule, *saved[4:]]
+        rule = [weight.detach().requires_grad_() for weight in saved[: ctx.length]]
+        weights = [*rule, *saved[ctx.length :]]
         sums = [torch.zeros_like(weight) for weight in weights]
         buffers = [buffer.clone() for buffer in automaton.norm.buffers()]
         padded = automaton.pad(image, kept[0])
@@ -419,7 +449,7 @@ class Trajectory(torch.autograd.Function):
         for buffer, value in zip(automaton.norm.buffers(), buffers, strict=True):
             buffer.copy_(value)  # as the forward pass left it
         of_image = interior(upstream, automaton.radius)[:, : automaton.in_channels]
-        return None, of_image, automaton.own(upstream), None, *sums
+        return None, of_image, automaton.own(upstream), None, None, *sums
 
     @staticmethod
     def retreat(
