@@ -2,10 +2,10 @@
 
 One factor at a time is changed from the setting 256², 16 channels, hidden layer 64, 16 + 16 steps,
 one image. Operations are those of the firing half of the cells, per step and cell of a level
-fire_rate * 2 * (P + H * (C - in_channels)), where P = min(9 * C * H, 9 * C * 2 * C + 3 * C * H)
-leads from the neighbourhood to the hidden layer, by one product or by two; bytes are those that
-must pass through main memory where a state does not fit the cache, 20 * C (read, change written,
-both read, sum written).
+fire_rate * 2 * (P + H * (C - in_channels)), where P, from the neighbourhood to the hidden layer, is
+9 * C * H in one product or 9 * C * 2 * C + 3 * C * H in two; bytes are those that must pass through
+main memory where a state does not fit the cache, 20 * C (read, change written, both read, sum
+written).
 
 Run: python benchmarks/growth.py [picture.png]
 """
@@ -52,11 +52,13 @@ def build(setting: dict[str, int], firing: str) -> tuple[nn.Module, torch.Tensor
         nn.init.normal_(level.update.weight, std=0.01)
     size = round(setting["pixels"] ** 0.5)
     cells = sum(size**2 / 16**level for level in range(setting["levels"])) * setting["batch"]
-    to_hidden = min(9 * channels * hidden, 9 * channels * 2 * channels + 3 * channels * hidden)
-    products = to_hidden + hidden * (channels - 1)
+    level, images = network.levels[0], torch.rand(setting["batch"], 1, size, size)
+    one_product = len(level.rule(level.gathers(images))) == 3
+    around = 9 * hidden if one_product else 9 * 2 * channels + 3 * hidden
+    products = channels * around + hidden * (channels - 1)
     operations = cells * steps * 0.5 * 2 * products
     moved = cells * steps * 20 * channels
-    return network, torch.rand(setting["batch"], 1, size, size), operations, moved
+    return network, images, operations, moved
 
 
 def case(setting: dict[str, int], firing: str) -> tuple[float, float, float, float]:

@@ -30,8 +30,10 @@ from mednca_monai.perception import depthwise_convolution, gathered_convolution
 # glibc gives memory back to the system by the size of the largest block that was ever freed; after
 # this one (31 MiB, never touched) a step's temporaries are reused instead of mapped again each time
 torch.empty(31 * 2**18)
-HIDDEN = 2**20  # numbers in the hidden layer of a block: near a processor's cache, few calls
+HIDDEN = 2**19  # numbers in the hidden layer of a block: near a processor's cache, few calls
 HIDDEN_ON_GPU = 2**26
+# up to which operations of one product, as a part of those of two, it takes no longer (on a CPU)
+FOLD_GATHERED, FOLD = 1.0, 1.5
 
 
 class Firing(NamedTuple):
@@ -114,9 +116,10 @@ class CellularAutomaton(nn.Module):
         self.radius = kernel_size // 2
         self.is_dense = perception == "dense"
         self.is_normed = norm is not None
-        # operations of one product over those of two
         apart = kernel_size**spatial_dims * 2 * num_channels + 3 * hidden_size
-        self.cost_of_folding = kernel_size**spatial_dims * hidden_size / apart
+        cost = kernel_size**spatial_dims * hidden_size / apart
+        self.folds_gathered = self.is_dense and cost <= FOLD_GATHERED
+        self.folds = self.is_dense and cost <= FOLD
         # sublattices are strided convolutions, without masks
         self.is_strided = self.is_dense and norm is None and firing == "sublattices"
         convolution = Conv[Conv.CONV, spatial_dims]
@@ -144,7 +147,7 @@ class CellularAutomaton(nn.Module):
     def rule(self, gathers: bool) -> list[Tensor]:
         """Weights of a step, the perception's bias in that of the hidden layer.
 
-        Perception and hidden layer are both linear: where one product is the faster, they are one.
+        Perception and hidden layer are both linear: where that is faster, they fold into one.
 
         Args:
             gathers: whether the firing cells are gathered.
@@ -164,7 +167,7 @@ class CellularAutomaton(nn.Module):
         bias = bias.flatten().to(weight.dtype)  # autocast or not
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
-        if not self.is_dense or self.cost_of_folding > (1.0 if gathers else 1.5):  # measured
+        if not (self.folds_gathered if gathers else self.folds):
             return [bias, update, self.perception.weight, weight]
         own, around = weight.tensor_split([self.num_channels], 1)
         kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
@@ -190,7 +193,7 @@ class CellularAutomaton(nn.Module):
         window = window.contiguous(memory_format=channels_last)  # the faster one on CPU and GPU
         kernel = kernel.contiguous(memory_format=channels_last)
         if self.gathers(window):
-            return change_of_cells(window, kernel, rule[3:], bias, update, fires)
+            return self.change_of_cells(window, kernel, rule, fires)
         if len(rule) == 3:
             x = self.convolve(window, kernel, bias, stride)
         else:
@@ -203,6 +206,28 @@ class CellularAutomaton(nn.Module):
             x = self.convolve(x, rule[3], bias)
         change = self.convolve(self.norm(x).relu_(), update, None)
         return change * fires if fires.numel() > 0 else change
+
+    def change_of_cells(
+        self, window: Tensor, kernel: Tensor, rule: list[Tensor], fires: Tensor
+    ) -> Tensor:
+        """As `change`, computed for the firing cells only; ``kernel`` is that of the rule."""
+        border = [self.radius] * (2 * self.spatial_dims)
+        cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
+        states = window.movedim(1, -1).flatten(0, -2)
+        if self.is_dense:
+            x = gathered_convolution(window, kernel, cells)
+        else:
+            x = depthwise_convolution(window, kernel).movedim(1, -1).flatten(0, -2)
+            x = x.index_select(0, fires.flatten().nonzero().flatten())
+        if len(rule) == 3:
+            x = x + rule[0].to(x.dtype)
+        else:
+            x = torch.cat([states.index_select(0, cells), x], 1)
+            x = torch.addmm(rule[0], x, rule[3].flatten(1).t())
+        changes = torch.mm(x.relu_(), rule[1].flatten(1).t())
+        change = changes.new_zeros([len(states), len(rule[1])]).index_copy_(0, cells, changes)
+        shape = [window.shape[0]] + list(window.shape[2:]) + [self.num_channels]  # noqa: RUF005 (TorchScript)
+        return interior(change.view(shape).movedim(-1, 1), self.radius)
 
     def gathers(self, x: Tensor) -> bool:
         """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
@@ -226,9 +251,13 @@ class CellularAutomaton(nn.Module):
             return firing.firsts[step], 2
         return [[0] * self.spatial_dims], 1
 
-    def blocks(self, state: Tensor) -> list[Block]:
-        """Blocks of a batch whose hidden layer stays in the cache; all at once if it is normed."""
+    def blocks(self, state: Tensor, times: int) -> list[Block]:
+        """Blocks of a batch whose hidden layer stays in the cache, or some times larger ones.
+
+        If the hidden layer is normed, a block is the batch.
+        """
         cells = self.block_cells if state.device.type == "cpu" else self.block_cells_on_gpu
+        cells *= times
         if self.is_normed:
             cells = state.numel()
         return blocks(list(state.shape), self.radius, cells)
@@ -277,7 +306,7 @@ class CellularAutomaton(nn.Module):
     def run(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
         """All steps in place, without gradients; ``(B, num_channels - in_channels, *spatial)``."""
         padded = self.pad(image.detach(), cells.detach())
-        blocks = self.blocks(cells)
+        blocks = self.blocks(cells, 1)
         with torch.no_grad():
             for step in range(self.steps):
                 self.advance(padded, firing, step, rule, blocks)
@@ -356,35 +385,6 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype("cpu"))
 
 
-def change_of_cells(
-    window: Tensor,
-    kernel: Tensor,
-    hidden: list[Tensor],
-    bias: Tensor,
-    update: Tensor,
-    fires: Tensor,
-) -> Tensor:
-    """As `CellularAutomaton.change`, computed for the firing cells only."""
-    radius = kernel.shape[2] // 2
-    border = [radius] * (2 * (fires.dim() - 2))
-    cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
-    states = window.movedim(1, -1).flatten(0, -2)
-    if kernel.shape[1] == window.shape[1]:
-        around = gathered_convolution(window, kernel, cells)
-    else:
-        around = depthwise_convolution(window, kernel).movedim(1, -1).flatten(0, -2)
-        around = around.index_select(0, fires.flatten().nonzero().flatten())
-    if len(hidden) == 0:
-        x = around + bias.to(around.dtype)
-    else:
-        x = torch.cat([states.index_select(0, cells), around], 1)
-        x = torch.addmm(bias, x, hidden[0].flatten(1).t())
-    changes = torch.mm(x.relu_(), update.flatten(1).t())
-    change = changes.new_zeros([states.shape[0], changes.shape[1]]).index_copy_(0, cells, changes)
-    shape = [window.shape[0]] + list(window.shape[2:]) + [changes.shape[1]]  # noqa: RUF005 (TorchScript)
-    return interior(change.view(shape).movedim(-1, 1), radius)
-
-
 class Trajectory(torch.autograd.Function):
     """All steps of an automaton, whose backward pass computes their hidden layers again.
 
@@ -405,7 +405,7 @@ class Trajectory(torch.autograd.Function):
     ) -> Tensor:
         """Cells after all steps; the weights are the rule's, ``length``, then the norm's."""
         rule = [weight.detach() for weight in weights[:length]]
-        padded, blocks = automaton.pad(image, cells), automaton.blocks(cells)
+        padded, blocks = automaton.pad(image, cells), automaton.blocks(cells, 2)
         own = automaton.own(padded)
         kept: list[Tensor] = []
         for step in range(automaton.steps):

@@ -111,7 +111,7 @@ class MedNCA(nn.Module):
             state and one depthwise convolution of it).
         norm: MONAI name, or (name, arguments), of a normalisation of the hidden layer; ``None``.
         segment_steps: training keeps the state of every so many steps, at least 1, and computes
-            the others again; more than 1 saves memory and costs time.
+            the others again: more than 1 costs time, and memory is least at their square root.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -139,7 +139,7 @@ class MedNCA(nn.Module):
         kernel_size: int | Sequence[int] = 3,
         perception: str = "dense",
         norm: str | tuple[str, dict[str, object]] | None = None,
-        segment_steps: int = 1,
+        segment_steps: int = 2,
     ) -> None:
         super().__init__()
         if not isinstance(spatial_dims, int) or spatial_dims not in (2, 3):

@@ -31,8 +31,12 @@ def settings(request, spatial_dims):
     return {
         "dense": {"scale_factor": 4},
         "depthwise": {"perception": "depthwise", "kernel_size": (5, 3), "scale_factor": 2},
-        "sublattices": {"firing": "sublattices", "scale_factor": 3},
-        "per axis": {"scale_factor": (4, 3, 1)[:spatial_dims], "fire_rate": 0.7},
+        "sublattices": {"firing": "sublattices", "scale_factor": 3, "hidden_size": 64},
+        "per axis": {
+            "scale_factor": (4, 3, 1)[:spatial_dims],
+            "fire_rate": 0.7,
+            "hidden_size": 64,
+        },
         "three levels": {"num_levels": 3, "scale_factor": 2, "steps": (1, 2, 3)},
     }[request.param]
 

@@ -10,6 +10,7 @@ from mednca_monai.firing import independent_fires, row_digests, step_digests
 
 RULES = {
     "dense": {},
+    "two products": {"hidden_size": 64},
     "wide": {"kernel_size": 5},
     "single cell": {"kernel_size": 1},
     "depthwise": {"perception": "depthwise"},
@@ -24,9 +25,15 @@ def rule(request):
 
 
 def new_automaton(spatial_dims, **arguments):
-    settings = {"level": 1, "steps": 2, "fire_rate": 0.6, "firing": "independent"}
+    settings = {"hidden_size": 8, "level": 1, "steps": 2, "fire_rate": 0.6, "firing": "independent"}
     settings |= {"kernel_size": 3, "perception": "dense", "norm": None, "segment_steps": 1}
-    return CellularAutomaton(spatial_dims, 2, 5, 8, **{**settings, **arguments}).double()
+    return CellularAutomaton(spatial_dims, 2, 5, **{**settings, **arguments}).double()
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_perception_and_hidden_layer_fold_where_that_is_faster(spatial_dims, rule, gathers):
+    two = rule.get("hidden_size") == 64 or rule.get("perception") == "depthwise"
+    assert len(new_automaton(spatial_dims, **rule).rule(gathers)) == (4 if two else 3)
 
 
 def make_automaton(spatial_dims, **arguments):
