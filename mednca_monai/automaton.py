@@ -30,8 +30,8 @@ from mednca_monai.perception import depthwise_convolution, gathered_convolution
 # glibc gives memory back to the system by the size of the largest block that was ever freed; after
 # this one (31 MiB, never touched) a step's temporaries are reused instead of mapped again each time
 torch.empty(31 * 2**18)
-HIDDEN = 2**19  # numbers in the hidden layer of a block: near a processor's cache, few calls
-HIDDEN_ON_GPU = 2**26
+HIDDEN = 2**19  # numbers in a hidden layer at a time: near a processor's cache, few calls
+HIDDEN_ON_GPU = 2**25
 # up to which operations of one product, as a part of those of two, it takes no longer (on a CPU)
 FOLD_GATHERED, FOLD = 1.0, 1.5
 
@@ -106,8 +106,6 @@ class CellularAutomaton(nn.Module):
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.num_channels = num_channels
-        self.block_cells = max(HIDDEN // hidden_size, 1)
-        self.block_cells_on_gpu = max(HIDDEN_ON_GPU // hidden_size, 1)
         self.level = level
         self.steps = steps
         self.segment_steps = segment_steps
@@ -122,6 +120,9 @@ class CellularAutomaton(nn.Module):
         self.folds = self.is_dense and cost <= FOLD
         # sublattices are strided convolutions, without masks
         self.is_strided = self.is_dense and norm is None and firing == "sublattices"
+        at_once = 2**spatial_dims if self.is_strided else 2  # one of so many cells of a block
+        self.block_cells = at_once * max(HIDDEN // hidden_size, 1)
+        self.block_cells_on_gpu = at_once * max(HIDDEN_ON_GPU // hidden_size, 1)
         convolution = Conv[Conv.CONV, spatial_dims]
         around = 2 * num_channels if self.is_dense else num_channels
         groups = 1 if self.is_dense else num_channels
@@ -251,13 +252,9 @@ class CellularAutomaton(nn.Module):
             return firing.firsts[step], 2
         return [[0] * self.spatial_dims], 1
 
-    def blocks(self, state: Tensor, times: int) -> list[Block]:
-        """Blocks of a batch whose hidden layer stays in the cache, or some times larger ones.
-
-        If the hidden layer is normed, a block is the batch.
-        """
+    def blocks(self, state: Tensor) -> list[Block]:
+        """Blocks of a batch whose hidden layer stays in the cache; all at once if it is normed."""
         cells = self.block_cells if state.device.type == "cpu" else self.block_cells_on_gpu
-        cells *= times
         if self.is_normed:
             cells = state.numel()
         return blocks(list(state.shape), self.radius, cells)
@@ -306,7 +303,7 @@ class CellularAutomaton(nn.Module):
     def run(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
         """All steps in place, without gradients; ``(B, num_channels - in_channels, *spatial)``."""
         padded = self.pad(image.detach(), cells.detach())
-        blocks = self.blocks(cells, 1)
+        blocks = self.blocks(cells)
         with torch.no_grad():
             for step in range(self.steps):
                 self.advance(padded, firing, step, rule, blocks)
@@ -405,7 +402,7 @@ class Trajectory(torch.autograd.Function):
     ) -> Tensor:
         """Cells after all steps; the weights are the rule's, ``length``, then the norm's."""
         rule = [weight.detach() for weight in weights[:length]]
-        padded, blocks = automaton.pad(image, cells), automaton.blocks(cells, 2)
+        padded, blocks = automaton.pad(image, cells), automaton.blocks(cells)
         own = automaton.own(padded)
         kept: list[Tensor] = []
         for step in range(automaton.steps):

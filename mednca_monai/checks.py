@@ -21,9 +21,9 @@ def check_ints(name: str, value: int | Sequence[int], count: int, of: str) -> li
     return [check_int(name, v, 1) for v in values]
 
 
-def check_finite(inputs: Tensor) -> None:
+def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError where an image holds NaN or infinite values."""
-    parts = torch.split(inputs.flatten(), 2**20)  # a mask of a whole image could be as large as it
+    parts = torch.split(values.flatten(), 2**20)  # a mask of a whole image could be as large as it
     count = sum(int((~part.isfinite()).sum()) for part in parts)
     if count > 0:
-        raise ValueError(f"`inputs` must be finite, got {count} NaN or infinite values.")
+        raise ValueError(f"`{name}` must be finite, got {count} NaN or infinite values.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from monai.apps.datasets import DecathlonDataset
 from monai.apps.utils import download_and_extract
+from monai.data.folder_layout import FolderLayout
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ def case_name(path: str | os.PathLike[str]) -> str:
         'hippocampus_001'
     """
     name = os.path.basename(path)
-    suffix = max((s for s in IMAGE_SUFFIXES if name.endswith(s)), key=len, default="")
-    return name.removesuffix(suffix)
+    suffix = max((s for s in IMAGE_SUFFIXES if name.lower().endswith(s)), key=len, default="")
+    return name[: len(name) - len(suffix)]
 
 
 def fetch_decathlon(dataset_dir: Path) -> None:
@@ -62,9 +63,9 @@ def fetch_decathlon(dataset_dir: Path) -> None:
 
 
 def check_names(argument: str, images: Sequence[str]) -> None:
-    """Raise ValueError where two images have the same name, as results are named after them."""
-    names = sorted(case_name(image) for image in images)
-    for name, following in itertools.pairwise(names):
+    """Raise ValueError where the results of two images, named after them, would be one file."""
+    results = sorted(str(FolderLayout("", makedirs=False).filename(image)) for image in images)
+    for name, following in itertools.pairwise(results):
         if name == following:
             raise ValueError(f"`{argument}` must name files that differ, got '{name}' twice.")
 
@@ -133,7 +134,8 @@ def load_datalist(
     if not isinstance(items, list) or not items:
         raise ValueError(f"`dataset.json` must list cases under 'training', got {items!r}.")
     for item in items:
-        if not isinstance(item, dict) or not {"image", "label"} <= item.keys():
+        files = [item.get(key) for key in ("image", "label")] if isinstance(item, dict) else [None]
+        if not all(isinstance(file, str) for file in files):
             raise ValueError(f"`dataset.json` must give each case image and label, got {item!r}.")
     check_names("dataset.json", [item["image"] for item in items])
     cases = {case_name(item["image"]): item for item in items}
@@ -186,7 +188,10 @@ def list_images(path: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, 
         images = [str(p) for p in path]
     elif os.path.isdir(path) and not (Path(path) / "dataset.json").is_file():
         files = [p for p in Path(path).iterdir() if not p.name.startswith(".")]
-        images = sorted(str(p) for p in files if p.name.endswith(IMAGE_SUFFIXES))
+        images = sorted(str(p) for p in files if p.name.lower().endswith(IMAGE_SUFFIXES))
+        others = sorted(p.name for p in files if str(p) not in images)
+        if others:
+            logger.warning(f"Of '{path}' only NIfTI files are segmented, not {others}.")
     elif os.path.isfile(path):
         images = [str(path)]
     elif not os.path.isdir(path) and Path(path).name not in DecathlonDataset.resource:
@@ -194,7 +199,9 @@ def list_images(path: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, 
     else:
         folder, description = read_dataset(path)
         items = description.get("test") or description.get("training") or []
-        names = [i["image"] if isinstance(i, dict) else i for i in items]
+        names: list[Any] = [i.get("image") if isinstance(i, dict) else i for i in items]
+        if not isinstance(items, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"`dataset.json` must list images, got {items!r}.")
         images = sorted(inside(folder, name) for name in names)
     if not any(os.path.exists(image) for image in images):
         raise FileNotFoundError(f"`datalist` must name image files, got {path!r}.")

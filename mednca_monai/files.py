@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders for them."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,3 +31,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
         raise OSError(f"'{path}' could not be written: {error}") from error
     finally:
         Path(part).unlink(missing_ok=True)
+
+
+def check_folder(name: str, path: str | os.PathLike[str]) -> None:
+    """Make a folder if there is none, and write to it, before any work could be lost.
+
+    Raises:
+        OSError: where that fails; it names the argument.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise OSError(f"`{name}` must be a folder to write to, got '{path}': {error}") from error

@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
+from monai.handlers.checkpoint_loader import CheckpointLoader
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
@@ -219,6 +220,23 @@ class DivergenceGuard:
                 "The last checkpoint holds the last finite state; lower the learning rate "
                 "and train in another folder."
             )
+
+
+class CheckpointLoaderNaming(CheckpointLoader):
+    """``CheckpointLoader`` whose errors name the file."""
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the file.
+
+        Raises:
+            ValueError: where it holds something else than what it should load.
+        """
+        try:
+            super().__call__(engine)
+        except Exception as error:
+            raise ValueError(
+                f"`ckpt_path` must name weights of this network, got '{self.load_path}': {error}"
+            ) from error
 
 
 class ResumableCheckpoint:

@@ -142,12 +142,20 @@ class CaseReport(MetricsSaver):
     Args:
         save_dir: folder of the two files; made where it does not exist.
         label_names: of all classes, background first, as in ``["background", "Anterior"]``.
+        out_channels: number of classes that ``label_names`` must name, if given.
 
     Raises:
-        ValueError: where no class or two columns of the same name come out.
+        ValueError: where it names another number, or no class or two columns of the same name come
+            out.
     """
 
-    def __init__(self, save_dir: str, label_names: Sequence[str]) -> None:
+    def __init__(
+        self, save_dir: str, label_names: Sequence[str], out_channels: int | None = None
+    ) -> None:
+        if out_channels not in (None, len(label_names)):
+            raise ValueError(
+                f"`label_names` must name {out_channels} classes, got {list(label_names)!r}."
+            )
         super().__init__(
             save_dir,
             metric_details="*",

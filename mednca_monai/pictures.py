@@ -112,7 +112,8 @@ class SaveImageOverlayd(MapTransform):
         axis: along which the volume is sliced; 0 gives sagittal slices, 1 coronal, 2 axial ones.
 
     Raises:
-        ValueError: where ``keys`` are several, which would all have the same file.
+        ValueError: where ``keys`` are several, which would all have the same file, or ``axis`` is
+            another.
     """
 
     def __init__(
@@ -127,6 +128,8 @@ class SaveImageOverlayd(MapTransform):
         super().__init__(keys)
         if len(self.keys) > 1:
             raise ValueError(f"`keys` must be one key, got {self.keys!r}.")
+        if axis not in (0, 1, 2):
+            raise ValueError(f"`axis` must be 0, 1 or 2, got {axis!r}.")
         self.image_key = image_key
         self.axis = axis
         self.layout = FolderLayout(

@@ -8,11 +8,12 @@ import torch
 from monai.config.type_definitions import KeysCollection, PathLike
 from monai.data.image_writer import ImageWriter, NibabelWriter
 from monai.data.meta_tensor import MetaTensor
+from monai.data.utils import affine_to_spacing
 from monai.transforms.io.array import LoadImage
 from monai.transforms.io.dictionary import LoadImaged
 from monai.transforms.spatial.dictionary import Spacingd
 from monai.transforms.transform import MapTransform
-from monai.utils.type_conversion import convert_to_numpy
+from monai.utils.type_conversion import convert_to_numpy, convert_to_tensor
 from torch import Tensor
 
 from mednca_monai.files import whole_file
@@ -30,7 +31,8 @@ class LoadImageNaming(LoadImage):
         try:
             return super().__call__(filename, reader)
         except Exception as error:
-            raise ValueError(f"'{filename}' must be a readable image, got: {error}") from error
+            text = str(error) or type(error).__name__
+            raise ValueError(f"'{filename}' must be a readable image, got: {text}") from error
 
 
 class LoadImageNamingd(LoadImaged):
@@ -161,15 +163,31 @@ class ResampleSpacingd(Spacingd):
     """
 
     def __init__(self, keys: KeysCollection, pixdim: Sequence[float], **arguments: Any) -> None:
-        if len(pixdim) != 3 or not all(0 < size < float("inf") for size in pixdim):
+        sizes = pixdim if isinstance(pixdim, Sequence) else []
+        if len(sizes) != 3 or not all(0 < size < float("inf") for size in sizes):
             raise ValueError(f"`pixdim` must be 3 numbers above 0, got {pixdim!r}.")
         super().__init__(keys, pixdim, **arguments)
 
     def __call__(
         self, data: Mapping[Hashable, Tensor], lazy: bool | None = None
     ) -> dict[Hashable, Tensor]:
-        """Return ``data`` with its keys resampled."""
+        """Return ``data`` with its keys resampled.
+
+        Raises:
+            ValueError: where the voxels of one are over a hundred times larger or smaller than
+                ``pixdim``, as those of a header in the wrong unit.
+        """
         own = {key: data[key] for key in self.key_iterator(dict(data))}
+        pixdim = self.spacing_transform.pixdim
+        for key, image in own.items():
+            image = convert_to_tensor(image, track_meta=True)
+            sizes = convert_to_numpy(affine_to_spacing(image.affine))
+            if not all(0.01 <= n <= 100 for n in sizes / pixdim):
+                raise ValueError(
+                    f"`{key}` must have voxels of a hundredth to a hundred times `pixdim`, "
+                    f"{pixdim.tolist()}, got {sizes.tolist()} in "
+                    f"'{image.meta.get('filename_or_obj', key)}'."
+                )
         return {**data, **super().__call__(own, lazy)}
 
 

@@ -5,7 +5,7 @@ import pytest
 from monai.apps import DecathlonDataset
 
 import mednca_monai.data
-from mednca_monai.data import fetch_decathlon, inside, list_images, load_datalist
+from mednca_monai.data import case_name, fetch_decathlon, inside, list_images, load_datalist
 
 TASK = "Task04_Hippocampus"
 SPLIT = Path(__file__).parents[1] / "bundle" / "configs" / "split.json"
@@ -244,6 +244,28 @@ def test_a_label_that_is_missing_is_named(dataset):
         load_datalist(dataset, None, "validation")
 
 
+def test_images_whose_results_would_be_one_file_are_refused(tmp_path):
+    images = [tmp_path / name for name in ("a.nii.gz", "a.npy")]
+    images[0].touch()
+    with pytest.raises(ValueError, match=r"`datalist` must name files that differ, got 'a' twice"):
+        list_images(images)
+
+
+def test_suffixes_may_be_upper_case_and_what_is_left_out_is_told(tmp_path, caplog):
+    for name in ("A.NII.GZ", "b.Nii", "c.mha", ".d.nii"):
+        (tmp_path / name).touch()
+    assert [Path(item["image"]).name for item in list_images(tmp_path)] == ["A.NII.GZ", "b.Nii"]
+    assert caplog.messages == [f"Of '{tmp_path}' only NIfTI files are segmented, not ['c.mha']."]
+    assert case_name("A.NII.GZ") == "A"
+
+
+@pytest.mark.parametrize("test", ["image.nii", [7], [{"label": "label.nii"}]])
+def test_a_dataset_must_list_its_images(tmp_path, test):
+    (tmp_path / "dataset.json").write_text(json.dumps({"test": test}))
+    with pytest.raises(ValueError, match=r"`dataset.json` must list images, got"):
+        list_images(tmp_path)
+
+
 def test_cases_must_differ_in_their_names(tmp_path):
     files = ["./one/t2.nii.gz", "./two/t2.nii.gz"]
     folder = make_dataset(
@@ -257,7 +279,9 @@ def test_cases_must_differ_in_their_names(tmp_path):
         list_images(folder)
 
 
-@pytest.mark.parametrize("case", ["image.nii", {"image": "image.nii"}, {"label": "label.nii"}])
+@pytest.mark.parametrize(
+    "case", ["a.nii", {"image": "a.nii"}, {"label": "b.nii"}, {"image": "a.nii", "label": None}]
+)
 def test_a_case_must_have_image_and_label(tmp_path, case):
     folder = make_dataset(tmp_path / "dataset", training=[case])
     with pytest.raises(ValueError, match=r"`dataset.json` must give each case image and label"):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mednca_monai.files import whole_file
+from mednca_monai.files import check_folder, whole_file
 
 
 def write(path, text, error=None):
@@ -36,3 +36,14 @@ def test_a_failure_names_the_file_and_leaves_the_one_before_alone(tmp_path):
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(OSError, match=r"none/some.txt' could not be written: .*No such file"):
         write(tmp_path / "none" / "some.txt", "first")
+
+
+def test_a_folder_to_write_to_is_made_and_stays_empty(tmp_path):
+    check_folder("output_dir", tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path / "new" / "folder") == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    write(tmp_path / "some.txt", "text")
+    with pytest.raises(OSError, match=r"`output_dir` must be a folder to write to, got '.*some"):
+        check_folder("output_dir", tmp_path / "some.txt")

@@ -224,5 +224,7 @@ def test_code_in_weights_is_not_executed(tmp_path, monkeypatch):
     save(np.eye(8)[None] * np.ones((4, 1, 1)), np.eye(4), tmp_path / "scan.nii.gz")
     with pytest.raises(RuntimeError) as stopped:
         segment([str(tmp_path / "scan.nii.gz")], tmp_path, tmp_path / "model.pt")
-    assert isinstance(stopped.value.__cause__, UnpicklingError)
+    error = stopped.value.__cause__
+    assert str(error).startswith(f"`ckpt_path` must name weights of this network, got '{tmp_path}")
+    assert isinstance(error.__cause__, UnpicklingError)
     assert not (tmp_path / "executed").exists()

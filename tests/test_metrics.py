@@ -355,6 +355,11 @@ def test_columns_must_be_told_apart(tmp_path, names):
         CaseReport(str(tmp_path), names)
 
 
+def test_label_names_must_be_as_many_as_the_classes(tmp_path):
+    with pytest.raises(ValueError, match=r"`label_names` must name 3 classes, got \['background'"):
+        CaseReport(str(tmp_path), ["background", "left"], out_channels=3)
+
+
 def test_one_class_may_be_called_whole(tmp_path):
     assert CaseReport(str(tmp_path), ["background", "Whole"]).structures == ["whole"]
 

@@ -236,6 +236,11 @@ def test_several_keys_are_refused(tmp_path):
         SaveImageOverlayd(["pred", "label"], "image", tmp_path)
 
 
+def test_an_axis_that_volumes_lack_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`axis` must be 0, 1 or 2, got 7"):
+        SaveImageOverlayd("pred", "image", tmp_path, axis=7)
+
+
 def test_one_hot_segmentations_are_refused(data, tmp_path):
     data["pred"] = data["pred"].repeat(3, 1, 1, 1)
     with pytest.raises(ValueError, match="`pred` must be a label map of 1 channel, got 3"):

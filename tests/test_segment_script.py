@@ -124,11 +124,20 @@ def make_files(folder):
         "flat.nii": (volume[0], np.eye(4)),
         "nan.nii": (np.where(volume > 3, volume, np.nan), np.eye(4)),
         "sheared.nii": (volume, sheared),
+        "metres.nii": (volume, np.diag([0.001, 0.001, 0.001, 1])),
         "whole.nii.gz": (volume, np.eye(4)),
         "zeros.nii": (volume * 0, np.eye(4)),
     }
     for name, (data, affine) in volumes.items():
         nibabel.save(nibabel.Nifti1Image(data, affine), folder / name)
+    doubled = nibabel.Nifti1Image(volume, np.eye(4))
+    doubled.header["pixdim"][1:4] = 2
+    doubled.set_sform(np.eye(4), update_affine=False)
+    nibabel.save(doubled, folder / "doubled.nii")
+    network = make_network(num_channels=12, hidden_size=96, steps=1)
+    network.levels[0].update.weight.data[1] = np.nan
+    torch.save(network.state_dict(), folder / "nan.pt")
+    torch.save([torch.ones(2)], folder / "list.pt")
     (folder / "cut.nii.gz").write_bytes((folder / "whole.nii.gz").read_bytes()[:150])
     (folder / "text.nii.gz").write_text("no volume")
     torch.save(make_network(**SETTINGS).state_dict(), folder / "other.pt")
@@ -143,6 +152,13 @@ def make_files(folder):
         (["nan.nii", "out.nii"], "nan.nii' must be finite"),
         (["zeros.nii", "out.nii"], "zeros.nii' must vary between its 0.5th and 99.5th percentile"),
         (["sheared.nii", "out.nii"], "sheared.nii' must have an affine with orthogonal axes"),
+        (["metres.nii", "out.nii"], "metres.nii' must have voxels of a hundredth to a hundred"),
+        (["doubled.nii", "out.nii"], "doubled.nii' must have an affine of its voxel sizes"),
+        (["good.nii", "out.nii", "--weights", "nan.pt"], "nan.pt' must give finite logits of '"),
+        (
+            ["good.nii", "out.nii", "--weights", "list.pt"],
+            "list.pt' must hold weights of shapes",
+        ),
         (["cut.nii.gz", "out.nii"], "cut.nii.gz' must be a NIfTI volume"),
         (["text.nii.gz", "out.nii"], "text.nii.gz' must be a NIfTI volume"),
         (["good.nii", "out.png"], "`segmentation` must end in .nii or .nii.gz"),

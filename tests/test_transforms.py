@@ -157,7 +157,14 @@ def test_resampling_looks_at_its_keys_only():
     }
 
 
-@pytest.mark.parametrize("pixdim", [[1, 1], [1, 1, 0], [1, -1, 1], [1, 1, float("nan")]])
+@pytest.mark.parametrize("pixdim", [[0.001, 1, 1], [1, 1, 200]])
+def test_voxels_in_another_unit_are_refused_with_the_files_name(pixdim):
+    data = {"image": image(1, 5, 4, 3)}
+    with pytest.raises(ValueError, match=r"`image` must have voxels of a .* in 'scans.patient_7"):
+        ResampleSpacingd("image", pixdim=pixdim)(data)
+
+
+@pytest.mark.parametrize("pixdim", [1.0, [1, 1], [1, 1, 0], [1, -1, 1], [1, 1, float("nan")]])
 def test_voxels_of_no_size_are_refused(pixdim):
     with pytest.raises(ValueError, match="`pixdim` must be 3 numbers above 0, got"):
         ResampleSpacingd("image", pixdim=pixdim)

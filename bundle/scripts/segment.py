@@ -23,7 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-nib_error = nib.filebasedimages.ImageFileError
+IMAGE_ERRORS = (OSError, EOFError, MemoryError, OverflowError, TypeError, ValueError, zlib.error)
+IMAGE_ERRORS += (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError)
+WEIGHTS_ERRORS = (AttributeError, EOFError, KeyError, TypeError, zipfile.BadZipFile)
+WEIGHTS_ERRORS += (pickle.UnpicklingError,)
 BUNDLE = Path(__file__).resolve().parents[1]
 CELLS = 1024  # updated together; their neighbourhoods are about 1 MB
 DEFAULTS = {"fire_rate": 0.5, "firing": "independent", "num_levels": 2, "scale_factor": 4}
@@ -38,7 +41,7 @@ def read_weights(path: Path, settings: dict[str, Any]) -> dict[str, Array]:
     """
     try:
         weights = unpickle(path)
-    except (EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except WEIGHTS_ERRORS as error:
         raise ValueError(f"'{path}' must be weights saved by torch, got: {error!r}.") from error
     channels, hidden = settings["num_channels"], settings["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -50,7 +53,7 @@ def read_weights(path: Path, settings: dict[str, Any]) -> dict[str, Array]:
             f"levels.{level}.hidden.bias": (hidden,),
             f"levels.{level}.update.weight": (channels, hidden, 1, 1, 1),
         }
-    found = {name: weight.shape for name, weight in weights.items()}
+    found = {name: getattr(weight, "shape", None) for name, weight in weights.items()}
     if found != shapes:
         raise ValueError(f"'{path}' must hold weights of shapes {shapes}, got {found}.")
     return weights
@@ -224,18 +227,25 @@ def read_scan(path: str, in_channels: int) -> tuple[Array, Array]:
         volume = np.asarray(scan.dataobj, np.float32)
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, TypeError, ValueError, zlib.error, nib_error) as error:
-        raise ValueError(f"'{path}' must be a NIfTI volume, got: {error}.") from error
+    except IMAGE_ERRORS as error:
+        raise ValueError(f"'{path}' must be a NIfTI volume, got: {error!r}.") from error
     if volume.ndim == 3:
         volume = volume[..., None]
     if volume.ndim != 4 or volume.shape[3] != in_channels or not volume.size:
         raise ValueError(f"'{path}' must be one volume, got shape {list(scan.shape)}.")
     if not np.isfinite(volume).all():
         raise ValueError(f"'{path}' must be finite, got NaN or infinite values.")
-    axes = scan.affine[:3, :3] / np.linalg.norm(scan.affine[:3, :3], axis=0)
-    if not np.abs(axes.T @ axes - np.eye(3)).max() < 1e-3:
+    sizes = nib.affines.voxel_sizes(scan.affine)
+    axes = scan.affine[:3, :3] / sizes
+    apart = np.abs(axes.T @ axes - np.eye(3)).max()
+    if not (apart < 1e-3 and np.isfinite(scan.affine).all()):
         raise ValueError(
             f"'{path}' must have an affine with orthogonal axes, got {scan.affine.tolist()}."
+        )
+    zooms = scan.header.get_zooms()[:3]
+    if not np.allclose(sizes, zooms, rtol=1e-3):
+        raise ValueError(
+            f"'{path}' must have an affine of its voxel sizes, {zooms}, got {sizes.tolist()}."
         )
     return volume, scan.affine
 
@@ -265,6 +275,11 @@ def main(source: str, target: str, weights_file: Path) -> None:
     image = ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
     spacing = spacing / settings["spacing"]
+    if not ((spacing >= 0.01) & (spacing <= 100)).all():
+        raise ValueError(
+            f"'{source}' must have voxels of a hundredth to a hundred times {settings['spacing']}, "
+            f"got {(spacing * settings['spacing']).tolist()}."
+        )
     shape = image.shape[:3]
     size = [round((n - 1) * step + 1) for n, step in zip(shape, spacing, strict=True)]
     image = resample(image, [np.arange(n) / step for n, step in zip(size, spacing, strict=True)])
@@ -272,6 +287,8 @@ def main(source: str, target: str, weights_file: Path) -> None:
         logits = segment_by_onnx(image, weights_file)
     else:
         logits = segment(image, read_weights(weights_file, settings), settings)
+    if not np.isfinite(logits).all():
+        raise ValueError(f"'{weights_file}' must give finite logits of '{source}'.")
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     shares = resample(shares, [np.arange(n) * s for n, s in zip(shape, spacing, strict=True)])
