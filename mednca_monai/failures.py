@@ -5,6 +5,9 @@ from typing import Any
 
 from monai.data.dataset import Dataset
 from monai.engines.evaluator import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
+
+from mednca_monai.checks import check_finite
 
 FAILURE = "failure"
 
@@ -35,8 +38,16 @@ class FailedImagesError(RuntimeError):
 class FailSafeEvaluator(SupervisedEvaluator):
     """``monai.engines.SupervisedEvaluator`` of a `FailSafeDataset`, in batches of one image.
 
-    An image that cannot be read, segmented or saved is logged, and the next one follows.
+    An image that cannot be read, segmented or saved is logged, and the next one follows, as one is
+    of which the weights make NaN or infinite values.
     """
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.add_event_handler(
+            IterationEvents.FORWARD_COMPLETED,
+            lambda engine: check_finite("logits", engine.state.output["pred"]),
+        )
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Segment all images; the argument is the stock evaluator's.

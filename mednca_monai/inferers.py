@@ -177,15 +177,14 @@ class TiledInferer(Inferer):
             seed: as in `MedNCA.forward`.
 
         Raises:
-            ValueError: where ``inputs`` or logits hold NaN or infinite values, or a normalisation
-                of the network spans cells, so that no tile equals the whole.
+            ValueError: where ``inputs`` holds NaN or infinite values, or a normalisation of the
+                network spans cells, so that no tile equals the whole.
         """
         image = convert_to_tensor(inputs, track_meta=False)
         check_finite("inputs", image)
         module = unwrapped(network)
         if not hasattr(module, "norm_spans_cells"):  # TorchScript
             logits = network(image, seed=seed)
-            check_finite("logits", logits)
             device = logits.device if self.device is None else self.device
             return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=device)[0]
         if module.norm_spans_cells():
@@ -206,7 +205,6 @@ class TiledInferer(Inferer):
         for start in starts:
             stop = [min(a + n, whole) for a, n, whole in zip(start, size, shape, strict=True)]
             logits[box(start, stop)] = self.tile(image, network, seed, start, stop).to(device)
-        check_finite("logits", logits)
         return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=device)[0]
 
     @staticmethod

@@ -211,6 +211,17 @@ def test_where_files_are_broken_the_others_are_segmented_and_all_broken_ones_nam
     assert written == {f"{n}/{n}_{end}" for n in stems for end in ("seg.nii.gz", "overlay.png")}
 
 
+def test_weights_that_give_nan_segment_nothing(tmp_path):
+    weights = torch.load(BUNDLE / "models" / "model.pt", weights_only=True)
+    weights["levels.1.update.weight"][-1] = float("nan")
+    torch.save(weights, tmp_path / "model.pt")
+    save(np.random.default_rng(0).random((8, 9, 7)), np.eye(4), tmp_path / "scan.nii.gz")
+    with pytest.raises(SystemExit) as stopped:
+        segment([str(tmp_path / "scan.nii.gz")], tmp_path / "out", tmp_path / "model.pt")
+    assert "scan.nii.gz': ValueError: `logits` must be finite, got" in str(stopped.value)
+    assert not (tmp_path / "out" / "segmentations").exists()
+
+
 class Hostile:
     """Makes a folder where it is unpickled as Python does it."""
 

@@ -403,14 +403,6 @@ def test_the_quality_metric_survives_an_image_that_is_all_background():
 # Wrong arguments
 
 
-def test_tiles_refuse_weights_that_give_no_finite_logits(make_network):
-    network = make_network(2)
-    network.levels[0].update.weight.data[-1] = float("nan")
-    for form in (network, torch.jit.script(network)):
-        with pytest.raises(ValueError, match=r"`logits` must be finite, got .* NaN or infinite"):
-            TiledInferer(4)(make_image([8, 8]), form)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "inferer", [RandomPatchInferer(4), TiledInferer(4), EnsembleInferer(SimpleInferer())]
