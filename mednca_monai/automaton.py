@@ -300,10 +300,10 @@ class CellularAutomaton(nn.Module):
             target.add_(change)
         reflect(padded, self.radius)
 
-    def run(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+    def run(self, image: Tensor, given: list[Tensor], firing: Firing, rule: list[Tensor]) -> Tensor:
         """All steps in place, without gradients; ``(B, num_channels - in_channels, *spatial)``."""
-        padded = self.pad(image.detach(), cells.detach())
-        blocks = self.blocks(cells)
+        padded = self.pad(image.detach(), given.pop().detach())
+        blocks = self.blocks(self.own(padded))
         with torch.no_grad():
             for step in range(self.steps):
                 self.advance(padded, firing, step, rule, blocks)
@@ -318,12 +318,13 @@ class CellularAutomaton(nn.Module):
             state = state + self.change(reflect_pad(state, self.radius), rule, fires, 1)
         return state[:, self.in_channels :]
 
-    def forward(self, image: Tensor, cells: Tensor, seed: Tensor, start: Tensor) -> Tensor:
+    def forward(self, image: Tensor, given: list[Tensor], seed: Tensor, start: Tensor) -> Tensor:
         """Apply the rule ``steps`` times.
 
         Args:
             image: ``(B, in_channels, *spatial)``.
-            cells: the cells' own channels, ``(B, num_channels - in_channels, *spatial)``.
+            given: the cells' own channels, ``(B, num_channels - in_channels, *spatial)``, in a list
+                from which they are taken, as they would use memory during the steps.
             seed: int64, ``(1,)`` or ``(B,)``.
             start: absolute position of the first cell, int64, ``(1, spatial_dims)`` or
                 ``(B, spatial_dims)``.
@@ -338,9 +339,9 @@ class CellularAutomaton(nn.Module):
         masks = Firing(row_digests(digests, start[:, 0], image.shape[2]), drawn, start, [])
         scripting = torch.jit.is_scripting()  # type: ignore[attr-defined]
         if is_traced() or (scripting and torch.is_grad_enabled()):
-            return self.unroll(image, cells, masks, rule)
+            return self.unroll(image, given.pop(), masks, rule)
         if not self.is_strided:
-            return self.roll(image, cells, masks, rule)
+            return self.roll(image, given, masks, rule)
         # items that start at even and at odd positions have their sublattices in other places
         parities = start & 1
         parts: list[Tensor] = []
@@ -349,16 +350,18 @@ class CellularAutomaton(nn.Module):
             here = (parities == parity).all(1).nonzero().flatten()
             firing = Firing(masks.rows, drawn, start, sublattice_firsts(drawn, parity))
             if len(here) == len(start):
-                return self.roll(image, cells, firing, rule)
-            parts.append(self.roll(image[here], cells[here], firing, rule))
+                return self.roll(image, given, firing, rule)
+            parts.append(self.roll(image[here], [given[0][here]], firing, rule))
             places.append(here)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
-    def roll(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+    def roll(
+        self, image: Tensor, given: list[Tensor], firing: Firing, rule: list[Tensor]
+    ) -> Tensor:
         """All steps in place, with gradients where they are asked for."""
         if torch.jit.is_scripting() or not torch.is_grad_enabled():  # type: ignore[attr-defined]
-            return self.run(image, cells, firing, rule)
-        return self.recompute(image, cells, firing, rule)
+            return self.run(image, given, firing, rule)
+        return self.recompute(image, given.pop(), firing, rule)
 
     @torch.jit.unused
     def recompute(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:

@@ -250,14 +250,15 @@ class MedNCA(nn.Module):
                 image = crop(image, region)
             if level == 0:
                 own = self.num_channels - self.in_channels
-                cells = torch.zeros_like(image[:, :1]).expand([-1, own] + [-1] * self.spatial_dims)
+                zeros = torch.zeros_like(image[:, :1])
+                given = [zeros.expand([-1, own] + [-1] * self.spatial_dims)]
             else:
-                cells = enlarge(cells, self.scale_factor)
+                given = [enlarge(cells, self.scale_factor)]
                 if regions is not None:
-                    cells = crop(cells, Region(start - outer, regions[level].size))
+                    given = [crop(given[0], Region(start - outer, regions[level].size))]
                 for axis in range(2, 2 + self.spatial_dims):
-                    cells = cells.narrow(axis, 0, image.shape[axis])
-            cells = automaton(image, cells, seed, start.to(image.device))
+                    given = [given[0].narrow(axis, 0, image.shape[axis])]
+            cells = automaton(image, given, seed, start.to(image.device))
             outer = start * factor
             first = first * factor
         return cells[:, : self.out_channels].contiguous()  # without the memory of the others

@@ -25,3 +25,9 @@ def test_the_readme_names_configs_that_exist():
     names = re.findall(r"configs/[\w.]+", README)
     assert len(names) > 10
     assert all((ROOT / "bundle" / name).is_file() for name in names)
+
+
+def test_the_readme_names_benchmarks_that_exist():
+    names = re.findall(r"benchmarks/\w+\.\w+", README)
+    assert len(names) > 10
+    assert all((ROOT / name).is_file() for name in names)
