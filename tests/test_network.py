@@ -99,13 +99,15 @@ def test_a_batch_equals_its_items(make_network, spatial_dims, size, settings):
 
 def test_image_channels_never_change(make_network, spatial_dims, size, settings):
     network = make_network(spatial_dims, in_channels=3, out_channels=2, **settings)
-    seen = []
+    images, cells = [], []
     for level in network.levels:
-        level.register_forward_hook(lambda _, inputs, cells: seen.append((inputs, cells)))
+        level.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))
+        level.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[1][0]))
+        level.register_forward_hook(lambda _, inputs, after: cells.append(after))
     image = make_image(size, channels=3)
     network(image)
-    assert seen[-1][0][0].equal(image)
-    for (_, before, *_), after in seen:
+    assert images[-1].equal(image)
+    for before, after in zip(cells[::2], cells[1::2], strict=True):
         assert after.shape == before.shape
         assert not after.equal(before)
 
@@ -251,13 +253,13 @@ def test_levels_fire_differently(make_network, spatial_dims):
     network.levels[1].load_state_dict(network.levels[0].state_dict())
     for level in network.levels:
         torch.nn.init.ones_(level.hidden.bias)
-    fired = []
+    cells = []
     for level in network.levels:
-        level.register_forward_hook(
-            lambda _, inputs, cells: fired.append((inputs[1] != cells).any(1))
-        )
+        level.register_forward_pre_hook(lambda _, inputs: cells.append(inputs[1][0]))
+        level.register_forward_hook(lambda _, inputs, after: cells.append(after))
     network(make_image([9] * spatial_dims))
-    assert not fired[0].equal(fired[1])
+    coarse, fine = (cells[i] != cells[i + 1] for i in (0, 2))
+    assert not coarse.any(1).equal(fine.any(1))
 
 
 # Types
