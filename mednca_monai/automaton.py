@@ -214,19 +214,21 @@ class CellularAutomaton(nn.Module):
         """As `change`, computed for the firing cells only; ``kernel`` is that of the rule."""
         border = [self.radius] * (2 * self.spatial_dims)
         cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
+        count, cells = len(cells), fill_up(cells)
         states = window.movedim(1, -1).flatten(0, -2)
         if self.is_dense:
-            x = gathered_convolution(window, kernel, cells)
+            x = gathered_convolution(window, kernel, cells, count)
         else:
             x = depthwise_convolution(window, kernel).movedim(1, -1).flatten(0, -2)
-            x = x.index_select(0, fires.flatten().nonzero().flatten())
+            x = x.index_select(0, fill_up(fires.flatten().nonzero().flatten()))
         if len(rule) == 3:
             x = x + rule[0].to(x.dtype)
         else:
             x = torch.cat([states.index_select(0, cells), x], 1)
             x = torch.addmm(rule[0], x, rule[3].flatten(1).t())
-        changes = torch.mm(x.relu_(), rule[1].flatten(1).t())
-        change = changes.new_zeros([len(states), len(rule[1])]).index_copy_(0, cells, changes)
+        changes = torch.mm(x.relu_(), rule[1].flatten(1).t())[:count]
+        change = changes.new_zeros([len(states), len(rule[1])])
+        change = change.index_copy_(0, cells[:count], changes)
         shape = [window.shape[0]] + list(window.shape[2:]) + [self.num_channels]  # noqa: RUF005 (TorchScript)
         return interior(change.view(shape).movedim(-1, 1), self.radius)
 
@@ -369,6 +371,11 @@ class CellularAutomaton(nn.Module):
         weights = [*rule, *(weight for weight in self.norm.parameters() if weight.requires_grad)]
         result: Tensor = Trajectory.apply(self, image, cells, firing, len(rule), *weights)  # type: ignore[no-untyped-call]
         return result
+
+
+def fill_up(cells: Tensor) -> Tensor:
+    """Repeat the first of ``(N,)`` at the end, so that few N differ: oneDNN compiles for each."""
+    return torch.cat([cells, cells[:1].expand(-len(cells) % 64)])
 
 
 def is_traced() -> bool:

@@ -55,25 +55,25 @@ class GatheredConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, window: Tensor, weight: Tensor, cells: Tensor) -> Tensor:
+    def forward(ctx: Any, window: Tensor, weight: Tensor, cells: Tensor, count: int) -> Tensor:
         """Convolve the neighbourhoods of ``cells``, as `neighbourhoods` has them."""
         rows = neighbourhoods(window, cells, weight.shape[2] // 2)
-        ctx.save_for_backward(weight, cells, rows)
+        ctx.save_for_backward(weight, cells[:count], rows)
         ctx.shape = window.shape
         return rows @ as_matrix(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Gradients of window and kernel."""
         weight, cells, rows = ctx.saved_tensors
         out, channels, *kernel = weight.shape
         of_weight = (gradient.t() @ rows).view(out, *kernel, channels).movedim(-1, 1)
         batch, _, *size = ctx.shape
         grid = gradient.new_zeros(batch, *size, out)
-        grid.view(-1, out).index_copy_(0, cells, gradient)
+        grid.view(-1, out).index_copy_(0, cells, gradient[: len(cells)])
         turned = weight.transpose(0, 1).flip(*range(2, weight.dim()))
-        return same_convolution(grid.movedim(-1, 1), turned), of_weight, None
+        return same_convolution(grid.movedim(-1, 1), turned), of_weight, None, None
 
 
 class DepthwiseConvolution(torch.autograd.Function):
@@ -106,9 +106,9 @@ class DepthwiseConvolution(torch.autograd.Function):
 
 
 @torch.jit.unused
-def fast_gathered(window: Tensor, weight: Tensor, cells: Tensor) -> Tensor:
+def fast_gathered(window: Tensor, weight: Tensor, cells: Tensor, count: int) -> Tensor:
     """`GatheredConvolution`, hidden from TorchScript."""
-    result: Tensor = GatheredConvolution.apply(window, weight, cells)  # type: ignore[no-untyped-call]
+    result: Tensor = GatheredConvolution.apply(window, weight, cells, count)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -119,7 +119,7 @@ def fast_depthwise(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def gathered_convolution(window: Tensor, weight: Tensor, cells: Tensor) -> Tensor:
+def gathered_convolution(window: Tensor, weight: Tensor, cells: Tensor, count: int) -> Tensor:
     """Convolve the neighbourhoods of some cells only, on the CPU.
 
     Args:
@@ -127,13 +127,14 @@ def gathered_convolution(window: Tensor, weight: Tensor, cells: Tensor) -> Tenso
             memory; of the dtype of ``weight``, also under autocast.
         weight: ``(out, C, *kernel)``, all sides of the kernel the same odd number.
         cells: flat positions in ``(B, *padded)``, int64, ``(N,)``.
+        count: how many of them there are; what follows fills up and gets no gradient.
 
     Returns:
         ``(N, out)``.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return neighbourhoods(window, cells, weight.shape[2] // 2) @ as_matrix(weight)
-    return fast_gathered(window, weight, cells)
+    return fast_gathered(window, weight, cells, count)
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor) -> Tensor:

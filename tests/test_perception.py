@@ -34,8 +34,10 @@ def test_gathered_values_and_gradients_are_those_of_a_plain_convolution(
     window = torch.randn(3, *shape, 4, dtype=dtype).movedim(-1, 1).requires_grad_()
     weight = torch.randn(7, 4, *[width] * spatial_dims, dtype=dtype, requires_grad=True)
     fires = torch.rand(3, *size) < share
-    cells = torch.nn.functional.pad(fires, [radius] * 2 * spatial_dims).flatten().nonzero()
-    found = gathered_convolution(window, weight, cells.flatten())
+    cells = torch.nn.functional.pad(fires, [radius] * 2 * spatial_dims).flatten().nonzero()[:, 0]
+    count = len(cells)
+    filled = torch.cat([cells, cells[:1].expand(5)]) if count else cells
+    found = gathered_convolution(window, weight, filled, count)[:count]
     convolve = torch.nn.functional.conv2d if spatial_dims == 2 else torch.nn.functional.conv3d
     exact = [x.detach().double().requires_grad_() for x in (window, weight)]
     expected = convolve(*exact).movedim(1, -1)[fires]
