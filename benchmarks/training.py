@@ -2,7 +2,8 @@
 
 The table, ``training.csv`` in the output folder, has a line per validation: epoch, minutes since
 the start, validations included, and mean Dice of each structure, the whole last. ``training.png``
-shows it. A training that was interrupted goes on where it was.
+shows it; ``cases.csv`` has each volume's Dice in the last validation. A training that was
+interrupted goes on where it was.
 
 Run: python benchmarks/training.py dataset_dir output_dir [--overlay file.json] [--key JSON ...]
 (`--overlay benchmarks/unet.json` trains MONAI's UNet on the same data, in float32)
@@ -23,6 +24,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import matplotlib.pyplot as plt
+import numpy as np
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
@@ -31,7 +33,9 @@ BUNDLE = Path(__file__).parents[1] / "bundle"
 
 def note(path: Path, start: float, trainer: Engine, evaluator: Engine) -> None:
     """Add a line to the table."""
-    dice = evaluator.state.metric_details["val_dice"].nanmean(0).tolist()  # type: ignore[attr-defined]
+    cases = evaluator.state.metric_details["val_dice"]  # type: ignore[attr-defined]
+    np.savetxt(path.with_name("cases.csv"), cases.cpu(), fmt="%.4f", delimiter=",")
+    dice = cases.nanmean(0).tolist()
     row = [trainer.state.epoch, f"{(time.time() - start) / 60:.2f}", *(f"{d:.4f}" for d in dice)]
     with open(path, "a", newline="") as file:
         csv.writer(file).writerow(row)

@@ -412,9 +412,9 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_a_message(run, dataset
     settings = {**FAST_TRAINING, "learning_rate": 1e30, "volumes_per_batch": 7}
     code, text = run("train", "training", dataset_dir=dataset.path, output_dir=tmp_path, **settings)
     assert code != 0
-    assert "The loss is nan in epoch 2, iteration 2, at learning rate" in text
+    assert "The loss is nan in epoch 3, iteration 3, at learning rate" in text
     last = read_states(tmp_path)["last.pt"]
-    assert last["trainer"]["epoch"] == 1
+    assert last["trainer"]["epoch"] == 2
     for state in (last["model"], last["ema"]):
         assert all(value.isfinite().all() for value in state.values())
 
