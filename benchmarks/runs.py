@@ -9,6 +9,7 @@ Run: python benchmarks/runs.py seeds|folds|images dataset_dir output_dir
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from monai.data import partition_dataset
 
 FOLDER = Path(__file__).parent
 SPLIT = json.loads((FOLDER.parent / "bundle" / "configs" / "split.json").read_text())
-EPOCHS = json.loads((FOLDER.parent / "bundle" / "configs" / "train.json").read_text())["max_epochs"]
+CONFIG = json.loads((FOLDER.parent / "bundle" / "configs" / "train.json").read_text())
+EPOCHS, BATCH = CONFIG["max_epochs"], CONFIG["volumes_per_batch"]
 Changes = dict[str, object]
 
 
@@ -45,13 +47,13 @@ def images(folder: Path) -> dict[str, Changes]:
     """The recipe with fewer training volumes and as many iterations."""
     runs: dict[str, Changes] = {}
     shuffled = partition_dataset(SPLIT["training"], ratios=[1], shuffle=True)[0]
-    batches = -(-len(shuffled) // 4)
+    iterations = EPOCHS * math.ceil(len(shuffled) / BATCH)
     for percent in (5, 20, 100):
         training = sorted(shuffled[: round(len(shuffled) * percent / 100)])
         name = f"{len(training)} volumes"
         runs[name] = {
             "split_file": write_split(folder, name, {**SPLIT, "training": training}),
-            "max_epochs": round(EPOCHS * batches / -(-len(training) // 4)),
+            "max_epochs": iterations // math.ceil(len(training) / BATCH),
         }
     return runs
 

@@ -9,7 +9,7 @@ Run: python benchmarks/training.py dataset_dir output_dir [--overlay file.json] 
 (`--overlay benchmarks/unet.json` trains MONAI's UNet on the same data, in float32)
 Two processes, mostly faster on two cores: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2
 benchmarks/training.py dataset_dir output_dir --overlay bundle/configs/multi_gpu_train.json
---volumes_per_batch 2
+--volumes_per_batch 1
 """
 
 import argparse
