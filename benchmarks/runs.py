@@ -1,13 +1,12 @@
 """Trainings of one kind, such as ten seeds or five folds, and a table of what came out.
 
-Two run at a time on one thread each, by `training.py`; their scores are those of the last epoch,
-mean ± standard deviation over volumes, and the last row is over the volumes of all runs. Called
-again, it goes on where it was interrupted and repeats nothing.
+Two run at a time on one thread each, by `training.py`; the scores are those of the last epoch, mean
+± standard deviation over volumes. Called again, it goes on where it was interrupted and repeats
+nothing: after a change of the recipe choose another folder.
 
 Run: python benchmarks/runs.py seeds|folds|images dataset_dir output_dir
 """
 
-import csv
 import json
 import math
 import os
@@ -44,9 +43,9 @@ def folds(folder: Path) -> dict[str, Changes]:
 
 
 def images(folder: Path) -> dict[str, Changes]:
-    """The recipe with fewer training volumes and as many iterations."""
+    """The recipe with fewer training volumes, each part in the next, and as many iterations."""
     runs: dict[str, Changes] = {}
-    shuffled = partition_dataset(SPLIT["training"], ratios=[1], shuffle=True)[0]
+    shuffled = np.random.default_rng(0).permutation(SPLIT["training"]).tolist()
     iterations = EPOCHS * math.ceil(len(shuffled) / BATCH)
     for percent in (5, 20, 100):
         training = sorted(shuffled[: round(len(shuffled) * percent / 100)])
@@ -67,26 +66,27 @@ def write_split(folder: Path, name: str, split: dict[str, list[str]]) -> str:
 
 def train(dataset_dir: str, folder: Path, changes: Changes) -> None:
     """Run one training to its end, where it is not yet there; its log is beside its table."""
-    epochs = changes.setdefault("max_epochs", EPOCHS)
-    table = folder / "training.csv"
-    if table.exists() and table.read_text().splitlines()[-1].startswith(f"{epochs},"):
+    epochs = changes.get("max_epochs", EPOCHS)
+    table, log = folder / "training.csv", folder / "log.txt"
+    if table.exists() and f"\n{epochs}," in "\n" + table.read_text():
         return
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(FOLDER / "training.py"), dataset_dir, str(folder)]
     for key, value in {"val_interval": epochs, **changes}.items():
         command += [f"--{key}", json.dumps(value)]
-    with open(folder / "log.txt", "a") as log:
+    with open(log, "a") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
+        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
+    if code != 0:
+        raise RuntimeError(f"A training ended with exit code {code}: see '{log}'.")
 
 
-def row(name: str, epochs: str, minutes: str, cases: np.ndarray) -> str:
+def row(name: str, cases: np.ndarray) -> str:
     """Line of the table from the Dice of cases, ``(volumes, structures)``, the whole last."""
-    anterior, posterior, whole = (
-        f"{dice.mean():.4f} ± {dice.std():.4f}" for dice in cases.transpose()
-    )
-    lowest = f"{cases[:, -1].min():.4f}"
-    return f"| {' | '.join([name, epochs, minutes, whole, lowest, anterior, posterior])} |"
+    scores = zip(np.nanmean(cases, 0), np.nanstd(cases, 0), strict=True)
+    anterior, posterior, whole = (f"{mean:.4f} ± {std:.4f}" for mean, std in scores)
+    lowest = f"{np.nanmin(cases[:, -1]):.4f}"
+    return f"| {' | '.join([name, whole, lowest, anterior, posterior])} |"
 
 
 def main(kind: str, dataset_dir: str, output_dir: str) -> None:
@@ -94,18 +94,18 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
     folder = Path(output_dir) / kind
     folder.mkdir(parents=True, exist_ok=True)
     runs = seeds() if kind == "seeds" else {"folds": folds, "images": images}[kind](folder)
-    print("| run | epochs | minutes | whole | lowest | anterior | posterior |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| run | whole | lowest | anterior | posterior |")
+    print("| --- | --- | --- | --- | --- |")
     found: list[np.ndarray] = []
     with ThreadPoolExecutor(2) as pool:
-        done = [pool.submit(train, dataset_dir, folder / name, runs[name]) for name in runs]
-        for name, future in zip(runs, done, strict=True):
-            future.result()
-            with open(folder / name / "training.csv", newline="") as file:
-                epochs, minutes, *_ = list(csv.reader(file))[-1]
-            found.append(np.loadtxt(folder / name / "cases.csv", delimiter=","))
-            print(row(name, epochs, minutes, found[-1]), flush=True)
-    print(row("all", "", "", np.concatenate(found)))
+        ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name]), runs)
+        for name, _ in zip(runs, ends, strict=True):
+            found.append(np.loadtxt(folder / name / "cases.csv", delimiter=",", ndmin=2))
+            print(row(name, found[-1]), flush=True)
+    if kind == "folds":
+        print(row("all", np.concatenate(found)))
+    if kind == "seeds":
+        print(row("means of the seeds", np.stack([np.nanmean(cases, 0) for cases in found])))
 
 
 if __name__ == "__main__":

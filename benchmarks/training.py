@@ -7,9 +7,8 @@ interrupted goes on where it was.
 
 Run: python benchmarks/training.py dataset_dir output_dir [--overlay file.json] [--key JSON ...]
 (`--overlay benchmarks/unet.json` trains MONAI's UNet on the same data, in float32)
-Two processes, mostly faster on two cores: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2
-benchmarks/training.py dataset_dir output_dir --overlay bundle/configs/multi_gpu_train.json
---volumes_per_batch 1
+Two processes: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/training.py dataset_dir
+output_dir --overlay bundle/configs/multi_gpu_train.json --volumes_per_batch 1
 """
 
 import argparse
@@ -76,7 +75,7 @@ def train(dataset_dir: str, output_dir: str, overlay: list[str], changes: dict[s
         evaluator.add_event_handler(Events.COMPLETED, noting)
     trainer.run()
     parser.get_parsed_content("finalize")
-    if first:
+    if path.exists() and first:
         draw(path)
 
 

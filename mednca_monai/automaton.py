@@ -145,6 +145,12 @@ class CellularAutomaton(nn.Module):
             return nn.functional.conv2d(x, weight, bias, stride)
         return nn.functional.conv3d(x, weight, bias, stride)
 
+    def channels_last(self, x: Tensor) -> Tensor:
+        """``(B, C, *spatial)`` with the channels last in memory, faster on CPU and GPU."""
+        if self.spatial_dims == 2:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last_3d)
+
     def rule(self, gathers: bool) -> list[Tensor]:
         """Weights of a step, the perception's bias in that of the hidden layer.
 
@@ -169,11 +175,11 @@ class CellularAutomaton(nn.Module):
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
         if not (self.folds_gathered if gathers else self.folds):
-            return [bias, update, self.perception.weight, weight]
+            return [bias, update, self.channels_last(self.perception.weight), weight]
         own, around = weight.tensor_split([self.num_channels], 1)
         kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
         kernel = kernel + nn.functional.pad(own, [self.radius] * (2 * self.spatial_dims))
-        return [bias, update, kernel]
+        return [bias, update, self.channels_last(kernel)]
 
     def change(self, window: Tensor, rule: list[Tensor], fires: Tensor, stride: int) -> Tensor:
         """What a step adds to the cells of a window; image channels get zeros.
@@ -188,11 +194,9 @@ class CellularAutomaton(nn.Module):
             ``(B, num_channels, *spatial)``.
         """
         bias, update, kernel = rule[:3]
-        channels_last = torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             window, kernel = autocast(window), autocast(kernel)
-        window = window.contiguous(memory_format=channels_last)  # the faster one on CPU and GPU
-        kernel = kernel.contiguous(memory_format=channels_last)
+        window = self.channels_last(window)
         if self.gathers(window):
             return self.change_of_cells(window, kernel, rule, fires)
         if len(rule) == 3:
@@ -203,8 +207,7 @@ class CellularAutomaton(nn.Module):
             else:
                 around = depthwise_convolution(window, kernel)
             cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
-            x = torch.cat([cells, around], 1).contiguous(memory_format=channels_last)
-            x = self.convolve(x, rule[3], bias)
+            x = self.convolve(self.channels_last(torch.cat([cells, around], 1)), rule[3], bias)
         change = self.convolve(self.norm(x).relu_(), update, None)
         return change * fires if fires.numel() > 0 else change
 
@@ -325,8 +328,8 @@ class CellularAutomaton(nn.Module):
 
         Args:
             image: ``(B, in_channels, *spatial)``.
-            given: the cells' own channels, ``(B, num_channels - in_channels, *spatial)``, in a list
-                from which they are taken, as they would use memory during the steps.
+            given: the cells' own channels, ``(B, num_channels - in_channels, *spatial)``, alone in
+                a list, from which inference takes them to free their memory before the steps.
             seed: int64, ``(1,)`` or ``(B,)``.
             start: absolute position of the first cell, int64, ``(1, spatial_dims)`` or
                 ``(B, spatial_dims)``.
@@ -374,7 +377,12 @@ class CellularAutomaton(nn.Module):
 
 
 def fill_up(cells: Tensor) -> Tensor:
-    """Repeat the first of ``(N,)`` at the end, so that few N differ: oneDNN compiles for each."""
+    """Repeat the first of ``(N,)`` until N is a multiple of 64: oneDNN compiles for each N anew.
+
+    Example:
+        >>> [len(fill_up(torch.arange(n))) for n in (0, 1, 64, 65)]
+        [0, 64, 64, 128]
+    """
     return torch.cat([cells, cells[:1].expand(-len(cells) % 64)])
 
 

@@ -127,7 +127,7 @@ def gathered_convolution(window: Tensor, weight: Tensor, cells: Tensor, count: i
             memory; of the dtype of ``weight``, also under autocast.
         weight: ``(out, C, *kernel)``, all sides of the kernel the same odd number.
         cells: flat positions in ``(B, *padded)``, int64, ``(N,)``.
-        count: how many of them there are; what follows fills up and gets no gradient.
+        count: how many of them there are; the rest only fills up and is to be dropped.
 
     Returns:
         ``(N, out)``.

@@ -87,6 +87,11 @@ def test_the_bundle_runs_from_the_torchscript_model(bundle, tmp_path):
     np.testing.assert_array_equal(*found)
 
 
+def test_the_shipped_models_are_small():
+    sizes = {name: (BUNDLE / "models" / name).stat().st_size for name in ("model.ts", "model.onnx")}
+    assert max(sizes.values()) < 400_000, sizes
+
+
 def test_the_shipped_torchscript_model_gives_the_shipped_weights_logits():
     config = json.loads((BUNDLE / "configs" / "inference.json").read_text())
     network = ConfigParser(config).get_parsed_content("network_def").eval()

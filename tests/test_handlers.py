@@ -302,6 +302,19 @@ def test_a_schedule_of_another_length_is_refused(tmp_path):
         restore.restore(trainer)
 
 
+def test_another_kind_of_optimizer_is_refused(tmp_path):
+    def handler(kind):
+        return ResumableCheckpoint(
+            str(tmp_path), {"optimizer": kind(Line().parameters(), lr=1.0)}, Line(), evaluator
+        )
+
+    _, evaluator, trainer = resumable_training(tmp_path, SCORES, 1)
+    handler(torch.optim.SGD).save(trainer)
+    with pytest.raises(RuntimeError, match=r"Its optimizer has no .*'betas'"):
+        handler(torch.optim.Adam).restore(trainer)
+    handler(torch.optim.SGD).restore(trainer)
+
+
 def test_a_one_cycle_schedule_starts_over_after_its_end():
     def rates(kind, steps):
         optimizer = torch.optim.SGD(Line().parameters(), lr=1)
