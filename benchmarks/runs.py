@@ -7,6 +7,7 @@ nothing: after a change of the recipe choose another folder.
 Run: python benchmarks/runs.py seeds|folds|images dataset_dir output_dir
 """
 
+import argparse
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from monai.data import partition_dataset
+
+from mednca_monai.data import case_name, load_datalist
 
 FOLDER = Path(__file__).parent
 SPLIT = json.loads((FOLDER.parent / "bundle" / "configs" / "split.json").read_text())
@@ -91,6 +94,10 @@ def row(name: str, cases: np.ndarray) -> str:
 
 def main(kind: str, dataset_dir: str, output_dir: str) -> None:
     """Run all trainings of a kind and print the table as they end."""
+    present = {case_name(case["image"]) for case in load_datalist(dataset_dir, None, "all")}
+    missing = {*SPLIT["training"], *SPLIT["validation"]} - present
+    if missing:
+        raise ValueError(f"`dataset_dir` must hold the shipped split, lacks {sorted(missing)}.")
     folder = Path(output_dir) / kind
     folder.mkdir(parents=True, exist_ok=True)
     runs = seeds() if kind == "seeds" else {"folds": folds, "images": images}[kind](folder)
@@ -109,4 +116,8 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("kind", choices=["seeds", "folds", "images"])
+    parser.add_argument("dataset_dir")
+    parser.add_argument("output_dir")
+    main(**vars(parser.parse_args()))

@@ -58,6 +58,9 @@ def train(dataset_dir: str, output_dir: str, overlay: list[str], changes: dict[s
     """Run the training of ``configs/train.json`` with ``overlay`` and ``changes`` over it."""
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / "configs" / "train.json"), *overlay])
+    unknown = [key for key in changes if key.split("#")[0] not in parser]
+    if unknown:
+        raise ValueError(f"`--key` must be one of the configs', got {unknown}.")
     parser.update(
         {"bundle_root": str(BUNDLE), "dataset_dir": dataset_dir, "output_dir": output_dir} | changes
     )
@@ -86,6 +89,8 @@ if __name__ == "__main__":
     parser.add_argument("output_dir")
     parser.add_argument("--overlay", action="append", default=[])
     arguments, rest = parser.parse_known_args()
+    if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
+        parser.error(f"expected pairs of --key and JSON, got {rest}")
     pairs = rest[::2], rest[1::2]
     changes = {key.removeprefix("--"): json.loads(value) for key, value in zip(*pairs, strict=True)}
     train(arguments.dataset_dir, arguments.output_dir, arguments.overlay, changes)

@@ -281,12 +281,12 @@ class ResumableCheckpoint:
             states = torch.load(self.last, map_location=device, weights_only=True)
             for name, item in self.save_dict.items():
                 steps = getattr(item, "total_steps", None)
-                if isinstance(item, torch.optim.Optimizer):
-                    saved = states[name]["param_groups"]
-                    lacking = item.param_groups[0].keys() - saved[0].keys()
-                    if lacking:
-                        raise ValueError(f"Its optimizer has no {sorted(lacking)}.")
+                groups = getattr(item, "param_groups", [])
+                expected = {key for group in groups for key in group}
                 item.load_state_dict(states[name])
+                lacking = expected.difference(*getattr(item, "param_groups", []))
+                if lacking:
+                    raise ValueError(f"Its optimizer has no {sorted(lacking)}.")
                 if getattr(item, "total_steps", None) != steps:
                     raise ValueError(
                         f"Its schedule has {item.total_steps} iterations, not {steps}."
