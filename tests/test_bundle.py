@@ -35,6 +35,7 @@ FAST_TRAINING = {
     "crop_size": [12, 16, 12],
     "roi_size": [8, 8, 8],
     "max_epochs": 12,
+    "volumes_per_batch": 4,
     "val_interval": 1,
     "learning_rate": 0.02,
     "ema_momentum": 0.5,
