@@ -14,6 +14,6 @@ def test_monais_client_trains_in_rounds_and_evaluates(run, bundle, make_dataset)
         assert report["type"] == "fl_weight_diff"
         assert report["values"] == 25008
         assert report["iterations"] == 4
-        assert 0 < report["largest"] < 0.02
+        assert 0 < report["largest"] < 0.1
         assert report["learning rate"] > 0
     assert result["metrics"]["val_dice"] > 0.8

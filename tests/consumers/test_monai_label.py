@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from .conftest import environment
+from .conftest import REQUIRED, environment
 
 pytestmark = pytest.mark.consumers
 
@@ -32,7 +32,8 @@ def test_it_segments_and_trains_more_than_once(run, bundle, make_dataset):
     studies = [
         as_studies(make_dataset(n, s, slice(0))) for n, s in (("a", slice(8)), ("b", slice(8, 12)))
     ]
-    python = environment("monailabel==0.8.5")
+    optimizer = next(name for name in REQUIRED if name.startswith("pytorch-optimizer"))
+    python = environment("monailabel==0.8.5", optimizer)
     result = run(python, "run_monai_label.py", bundle, studies[0], image, studies[1])
     scores = []
     for segmentation in (result["shipped"], result["after"]):
