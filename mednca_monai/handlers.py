@@ -147,7 +147,22 @@ class RepeatedOneCycleLR(OneCycleLR):
     """One-cycle learning rate that starts over after ``total_steps``, where stock raises.
 
     Each round of a federated training, which runs the same trainer again, is then a cycle.
+
+    Args:
+        optimizer: as stock's, and ``max_lr``, ``total_steps``, ``pct_start`` and ``options``.
     """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_lr: float,
+        total_steps: int,
+        pct_start: float = 0.3,
+        **options: Any,
+    ) -> None:
+        if pct_start * total_steps == 1:
+            pct_start *= 1.01  # stock would divide by zero
+        super().__init__(optimizer, max_lr, total_steps, pct_start=pct_start, **options)
 
     def step(self, epoch: int | None = None) -> None:
         """Go to the next step, after the last one to the first."""

@@ -315,6 +315,17 @@ def test_another_kind_of_optimizer_is_refused(tmp_path):
     handler(torch.optim.SGD).restore(trainer)
 
 
+def test_a_one_cycle_schedule_may_rise_for_one_step():
+    optimizer = torch.optim.SGD(Line().parameters(), lr=1)
+    schedule = RepeatedOneCycleLR(optimizer, 1, 5, pct_start=0.2, cycle_momentum=False)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] < rates[1] > rates[2] > rates[3] > rates[4]
+
+
 def test_a_one_cycle_schedule_starts_over_after_its_end():
     def rates(kind, steps):
         optimizer = torch.optim.SGD(Line().parameters(), lr=1)

@@ -50,4 +50,4 @@ def test_it_segments_and_trains_more_than_once(run, bundle, make_dataset):
         torch.load(f / "last.pt", weights_only=True)["trainer"]["iteration"]
         for f in (first, second)
     ]
-    assert iterations == [2, 3]
+    assert iterations == [3, 5]
