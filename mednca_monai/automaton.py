@@ -17,7 +17,9 @@ from mednca_monai.firing import (
 )
 from mednca_monai.grid import (
     Block,
+    Coarse,
     blocks,
+    enlarge,
     interior,
     lattice,
     part,
@@ -268,15 +270,13 @@ class CellularAutomaton(nn.Module):
         """View of the cells' own channels of a padded state."""
         return interior(padded, self.radius)[:, self.in_channels :]
 
-    def pad(self, image: Tensor, cells: Tensor) -> Tensor:
-        """State of image and cells with a mirrored border, channels last in memory."""
+    def pad(self, image: Tensor) -> Tensor:
+        """State of an image, its border and other channels undefined, channels last in memory."""
         batch, size = image.shape[0], [n + 2 * self.radius for n in image.shape[2:]]
         shape = [batch] + size + [self.num_channels]  # noqa: RUF005 (TorchScript)
         rows = torch.empty(shape, dtype=image.dtype, device=image.device)
         padded = rows.movedim(-1, 1)
         interior(padded, self.radius)[:, : self.in_channels].copy_(image)
-        self.own(padded).copy_(cells)
-        reflect(padded, self.radius)
         return padded
 
     def advance(
@@ -305,31 +305,34 @@ class CellularAutomaton(nn.Module):
             target.add_(change)
         reflect(padded, self.radius)
 
-    def run(self, image: Tensor, given: list[Tensor], firing: Firing, rule: list[Tensor]) -> Tensor:
+    def run(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
         """All steps in place, without gradients; ``(B, num_channels - in_channels, *spatial)``."""
-        padded = self.pad(image.detach(), given.pop().detach())
-        blocks = self.blocks(self.own(padded))
         with torch.no_grad():
+            padded = self.pad(image)
+            own = self.own(padded)
+            blocks = self.blocks(own)
+            for block in blocks:  # never all of the enlarged cells beside the state
+                part(own, block, 0).copy_(enlarge(coarse, block, list(image.shape[2:])))
+            reflect(padded, self.radius)
             for step in range(self.steps):
                 self.advance(padded, firing, step, rule, blocks)
-        return self.own(padded)
+        return own
 
-    def unroll(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+    def unroll(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
         """All steps as a plain graph, for compilers, exporters and their gradients."""
-        state = torch.cat([image, cells], 1)
-        whole = Block(0, state.shape[0], 0, state.shape[2])
+        whole = Block(0, image.shape[0], 0, image.shape[2])
+        state = torch.cat([image, enlarge(coarse, whole, list(image.shape[2:]))], 1)
         for step in range(self.steps):
             fires = self.fires(firing, step, whole, list(state.shape[2:]))
             state = state + self.change(reflect_pad(state, self.radius), rule, fires, 1)
         return state[:, self.in_channels :]
 
-    def forward(self, image: Tensor, given: list[Tensor], seed: Tensor, start: Tensor) -> Tensor:
+    def forward(self, image: Tensor, coarse: Coarse, seed: Tensor, start: Tensor) -> Tensor:
         """Apply the rule ``steps`` times.
 
         Args:
             image: ``(B, in_channels, *spatial)``.
-            given: the cells' own channels, ``(B, num_channels - in_channels, *spatial)``, alone in
-                a list, from which inference takes them to free their memory before the steps.
+            coarse: the cells' own channels, ``(B, num_channels - in_channels, *coarse spatial)``.
             seed: int64, ``(1,)`` or ``(B,)``.
             start: absolute position of the first cell, int64, ``(1, spatial_dims)`` or
                 ``(B, spatial_dims)``.
@@ -344,9 +347,9 @@ class CellularAutomaton(nn.Module):
         masks = Firing(row_digests(digests, start[:, 0], image.shape[2]), drawn, start, [])
         scripting = torch.jit.is_scripting()  # type: ignore[attr-defined]
         if is_traced() or (scripting and torch.is_grad_enabled()):
-            return self.unroll(image, given.pop(), masks, rule)
+            return self.unroll(image, coarse, masks, rule)
         if not self.is_strided:
-            return self.roll(image, given, masks, rule)
+            return self.roll(image, coarse, masks, rule)
         # items that start at even and at odd positions have their sublattices in other places
         parities = start & 1
         parts: list[Tensor] = []
@@ -355,23 +358,27 @@ class CellularAutomaton(nn.Module):
             here = (parities == parity).all(1).nonzero().flatten()
             firing = Firing(masks.rows, drawn, start, sublattice_firsts(drawn, parity))
             if len(here) == len(start):
-                return self.roll(image, given, firing, rule)
-            parts.append(self.roll(image[here], [given[0][here]], firing, rule))
+                return self.roll(image, coarse, firing, rule)
+            starts = [coarse.starts[int(item) % len(coarse.starts)] for item in here]
+            some = Coarse(coarse.cells[here], coarse.scale_factor, starts)
+            parts.append(self.roll(image[here], some, firing, rule))
             places.append(here)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
-    def roll(
-        self, image: Tensor, given: list[Tensor], firing: Firing, rule: list[Tensor]
-    ) -> Tensor:
+    def roll(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
         """All steps in place, with gradients where they are asked for."""
         if torch.jit.is_scripting() or not torch.is_grad_enabled():  # type: ignore[attr-defined]
-            return self.run(image, given, firing, rule)
-        return self.recompute(image, given.pop(), firing, rule)
+            return self.run(image, coarse, firing, rule)
+        return self.recompute(image, coarse, firing, rule)
 
     @torch.jit.unused
-    def recompute(self, image: Tensor, cells: Tensor, firing: Firing, rule: list[Tensor]) -> Tensor:
+    def recompute(
+        self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]
+    ) -> Tensor:
         """All steps in place, whose backward pass computes them again."""
         weights = [*rule, *(weight for weight in self.norm.parameters() if weight.requires_grad)]
+        whole = Block(0, image.shape[0], 0, image.shape[2])
+        cells = enlarge(coarse, whole, list(image.shape[2:]))
         result: Tensor = Trajectory.apply(self, image, cells, firing, len(rule), *weights)  # type: ignore[no-untyped-call]
         return result
 
@@ -420,8 +427,10 @@ class Trajectory(torch.autograd.Function):
     ) -> Tensor:
         """Cells after all steps; the weights are the rule's, ``length``, then the norm's."""
         rule = [weight.detach() for weight in weights[:length]]
-        padded, blocks = automaton.pad(image, cells), automaton.blocks(cells)
+        padded, blocks = automaton.pad(image), automaton.blocks(cells)
         own = automaton.own(padded)
+        own.copy_(cells)
+        reflect(padded, automaton.radius)
         kept: list[Tensor] = []
         for step in range(automaton.steps):
             if step % automaton.segment_steps == 0:
@@ -445,7 +454,7 @@ class Trajectory(torch.autograd.Function):
         weights = [*rule, *saved[ctx.length :]]
         sums = [torch.zeros_like(weight) for weight in weights]
         buffers = [buffer.clone() for buffer in automaton.norm.buffers()]
-        padded = automaton.pad(image, kept[0])
+        padded = automaton.pad(image)
         own, upstream = automaton.own(padded), torch.zeros_like(padded)
         automaton.own(upstream).copy_(gradient)
         for start, cells in zip(reversed(starts), kept, strict=True):

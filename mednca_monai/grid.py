@@ -22,6 +22,52 @@ class Block(NamedTuple):
     rows: int
 
 
+class Coarse(NamedTuple):
+    """Cells that each stand for a box of finer ones, and where the finer ones begin.
+
+    Attributes:
+        cells: ``(B, C, *spatial)``.
+        scale_factor: how many finer cells one of them stands for along each axis.
+        starts: first of the finer cells, counted from the first that the first coarse cell stands
+            for; one place per item of the batch, or one for all.
+    """
+
+    cells: Tensor
+    scale_factor: list[int]
+    starts: list[list[int]]
+
+
+def enlarge(coarse: Coarse, block: Block, size: list[int]) -> Tensor:
+    """Finer cells of a block, each a copy of the coarse one that stands for it.
+
+    Args:
+        coarse: of the batch.
+        block: which of the finer cells.
+        size: spatial size of all finer cells.
+
+    Returns:
+        ``(block.items, C, block.rows, *size[1:])``.
+    """
+    starts = coarse.starts
+    if len(starts) > 1:
+        starts = starts[block.item : block.item + block.items]
+    parts: list[Tensor] = []
+    for item, start in enumerate(starts):
+        cells = coarse.cells.narrow(0, block.item + item, block.items // len(starts))
+        for axis, factor in enumerate(coarse.scale_factor):
+            skipped, length = start[axis], size[axis]
+            if axis == 0:
+                skipped, length = skipped + block.row, block.rows
+            first = skipped // factor
+            skipped -= first * factor
+            covering = (skipped + length + factor - 1) // factor
+            cells = cells.narrow(axis + 2, first, covering)
+            cells = torch.stack([cells] * factor, axis + 3).flatten(axis + 2, axis + 3)
+            cells = cells.narrow(axis + 2, skipped, length)
+        parts.append(cells)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def mirrored(position: int, length: int) -> int:
     """Cell of an axis that ``position`` stands for, as ``numpy.pad(mode="reflect")`` has it."""
     period = max(2 * (length - 1), 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mednca_monai.automaton import CellularAutomaton
 from mednca_monai.checks import check_int, check_ints
+from mednca_monai.grid import Coarse
 
 
 class Region(NamedTuple):
@@ -44,21 +45,6 @@ def reduce(image: Tensor, scale_factor: list[int]) -> Tensor:
     slices = nn.functional.avg_pool2d(image.flatten(0, 1), scale_factor[1:], ceil_mode=True)
     rows = nn.functional.avg_pool2d(slices.flatten(2), [scale_factor[0], 1], ceil_mode=True)
     return rows.view(image.shape[0], image.shape[1], -1, slices.shape[2], slices.shape[3])
-
-
-def enlarge(state: Tensor, scale_factor: list[int]) -> Tensor:
-    """Repeat each cell ``scale_factor`` times along each axis.
-
-    Args:
-        state: ``(B, C, *spatial)``.
-        scale_factor: one per axis.
-
-    Returns:
-        ``(B, C, *(n * s for n, s in zip(spatial, scale_factor)))``.
-    """
-    for axis, factor in enumerate(scale_factor):
-        state = torch.stack([state] * factor, axis + 3).flatten(axis + 2, axis + 3)
-    return state
 
 
 def crop(x: Tensor, region: Region) -> Tensor:
@@ -239,27 +225,19 @@ class MedNCA(nn.Module):
         if origin is not None:
             first = origin.cpu()
         images = self.pyramid(image)
-        cells = images[0][:, :0]
-        outer = first
+        own = self.num_channels - self.in_channels
+        cells = torch.zeros_like(images[0][:, :1]).expand([-1, own] + [-1] * self.spatial_dims)
+        outer, scale_factor = first, [1] * self.spatial_dims
         for level, automaton in enumerate(self.levels):
-            image = images[level]
-            start = first
+            image, start, starts = images[level], first, [[0] * self.spatial_dims]
             if regions is not None:
                 region = Region(regions[level].start.cpu(), regions[level].size)
-                start = region.start + first
-                image = crop(image, region)
-            if level == 0:
-                own = self.num_channels - self.in_channels
-                zeros = torch.zeros_like(image[:, :1])
-                given = [zeros.expand([-1, own] + [-1] * self.spatial_dims)]
-            else:
-                given = [enlarge(cells, self.scale_factor)]
-                if regions is not None:
-                    given = [crop(given[0], Region(start - outer, regions[level].size))]
-                for axis in range(2, 2 + self.spatial_dims):
-                    given = [given[0].narrow(axis, 0, image.shape[axis])]
-            cells = automaton(image, given, seed, start.to(image.device))
-            outer = start * factor
+                image, start = crop(image, region), region.start + first
+                places: list[list[int]] = (start - outer).tolist()
+                starts = places
+            coarse = Coarse(cells, scale_factor, starts)
+            cells = automaton(image, coarse, seed, start.to(image.device))
+            outer, scale_factor = start * factor, self.scale_factor
             first = first * factor
         return cells[:, : self.out_channels].contiguous()  # without the memory of the others
 

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from mednca_monai.automaton import CellularAutomaton
 from mednca_monai.firing import independent_fires, row_digests, step_digests
+from mednca_monai.grid import Coarse
 
 RULES = {
     "dense": {},
@@ -43,6 +44,12 @@ def make_automaton(spatial_dims, **arguments):
     return automaton
 
 
+def alone(cells):
+    """Cells that stand for themselves."""
+    axes = cells.dim() - 2
+    return Coarse(cells, [1] * axes, [[0] * axes])
+
+
 def make_state(size):
     return torch.randn(2, 5, *size, dtype=torch.float64)
 
@@ -51,7 +58,7 @@ def run(automaton, state, seed=(7, 8), start=None):
     """The whole state afterwards."""
     if start is None:
         start = torch.zeros(1, automaton.spatial_dims, dtype=torch.int64)
-    cells = automaton(state[:, :2], [state[:, 2:]], torch.tensor(seed), start)
+    cells = automaton(state[:, :2], alone(state[:, 2:]), torch.tensor(seed), start)
     return torch.cat([state[:, :2], cells], 1)
 
 
@@ -147,7 +154,7 @@ def test_every_parameter_gets_a_gradient(spatial_dims, rule, size):
 def gradients(automaton, state, seed, start, weight):
     """Cells afterwards, and the gradients of image, cells and all weights."""
     image, cells = (x.clone().requires_grad_() for x in (state[:, :2], state[:, 2:]))
-    after = automaton(image, [cells], seed, start)
+    after = automaton(image, alone(cells), seed, start)
     inputs = [image, cells, *automaton.parameters()]
     return [after, *torch.autograd.grad((after * weight).sum(), inputs)]
 
@@ -167,7 +174,7 @@ def test_blocks_and_recomputed_segments_change_neither_result_nor_gradients(
     found = gradients(automaton, state, torch.tensor([7, 8, -9]), start, weight)
     with torch.no_grad():
         image, cells = state.split([2, 3], 1)
-        inference = automaton(image, [cells], torch.tensor([7, 8, -9]), start)
+        inference = automaton(image, alone(cells), torch.tensor([7, 8, -9]), start)
     monkeypatch.setattr("mednca_monai.automaton.is_traced", lambda: True)  # the plain graph
     expected = gradients(automaton, state, torch.tensor([7, 8, -9]), start, weight)
     assert_close(inference, expected[0], rtol=0, atol=1e-10)
@@ -183,9 +190,9 @@ def test_single_precision_stays_close_over_many_steps(spatial_dims, firing, monk
     image, cells = torch.rand(1, 5, *[12] * spatial_dims).split([2, 3], 1)
     start = torch.zeros(1, spatial_dims, dtype=torch.int64)
     with torch.no_grad():
-        fast = automaton(image, [cells], torch.tensor([3]), start)
+        fast = automaton(image, alone(cells), torch.tensor([3]), start)
         monkeypatch.setattr("mednca_monai.automaton.is_traced", lambda: True)
-        plain = automaton(image, [cells], torch.tensor([3]), start)
+        plain = automaton(image, alone(cells), torch.tensor([3]), start)
     assert not fast.isclose(cells, atol=0.1).all()
     assert_close(fast, plain, rtol=0, atol=1e-4)
 
@@ -196,7 +203,7 @@ def test_training_keeps_the_cells_of_every_segment_and_no_more(spatial_dims, seg
     image, cells = make_state([6] * spatial_dims).split([2, 3], 1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        automaton(image, [cells], torch.tensor([1, 2]), torch.zeros(1, spatial_dims).long())
+        automaton(image, alone(cells), torch.tensor([1, 2]), torch.zeros(1, spatial_dims).long())
     assert kept.count(cells.shape) == -(-10 // segment_steps)
     assert kept.count(image.shape) == 1
     assert not any(shape[:2] == (2, 8) for shape in kept)  # no hidden layer

@@ -1,10 +1,19 @@
-"""Mirrored borders, their adjoint, and blocks."""
+"""Mirrored borders, their adjoint, blocks, and finer cells."""
 
 import numpy as np
 import pytest
 import torch
 
-from mednca_monai.grid import blocks, interior, reflect, reflect_pad, unreflect
+from mednca_monai.grid import (
+    Block,
+    Coarse,
+    blocks,
+    enlarge,
+    interior,
+    reflect,
+    reflect_pad,
+    unreflect,
+)
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 3, 5])
@@ -55,3 +64,23 @@ def test_blocks_cover_every_row_once_and_are_no_lower_than_the_radius(shape, rad
         assert block.row % 2 == 0
         assert block.rows >= radius or block.row + block.rows == shape[2]
     assert count.eq(1).all()
+
+
+def test_a_finer_cell_is_a_copy_of_the_coarse_one_that_stands_for_it():
+    coarse = Coarse(torch.tensor([[1.0, 2.0]])[None, None], [2, 3], [[0, 0]])
+    cells = enlarge(coarse, Block(item=0, items=1, row=0, rows=2), [2, 5])
+    assert cells[0, 0].tolist() == [[1, 1, 1, 2, 2]] * 2
+
+
+@pytest.mark.parametrize("block", [(0, 3, 0, 5), (1, 2, 3, 2), (2, 1, 1, 1)])
+@pytest.mark.parametrize("starts", [[[0, 0, 0]], [[4, 1, 0]], [[0, 2, 1], [3, 0, 0], [4, 1, 3]]])
+def test_a_block_of_finer_cells_has_its_own_place_in_each_item(starts, block):
+    cells = torch.randn(3, 2, 3, 4, 8)
+    item, items, row, rows = block
+    found = enlarge(Coarse(cells, [3, 2, 1], starts), Block(*block), [5, 6, 4])
+    assert found.shape == (items, 2, rows, 6, 4)
+    whole = cells.numpy().repeat(3, 2).repeat(2, 3)
+    for i, cells in enumerate(found, item):
+        a, b, c = starts[i % len(starts)]
+        expected = whole[i, :, a + row : a + row + rows, b : b + 6, c : c + 4]
+        assert cells.equal(torch.from_numpy(expected))
