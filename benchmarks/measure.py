@@ -1,4 +1,4 @@
-"""What the benchmarks share: memory of this process, fresh processes, and interleaved timing."""
+"""What the benchmarks share: networks, memory, fresh processes, and interleaved timing."""
 
 import multiprocessing
 import resource
@@ -7,6 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+FOLDER = Path(__file__).parent
+BUNDLE = FOLDER.parent / "bundle"
+OVERLAYS = {
+    "MedNCA": [],
+    "UNet": ["unet.json"],
+    "BasicUNet": ["unet.json", "basic_unet.json"],
+    "DynUNet": ["unet.json", "dyn_unet.json"],
+}  # of configs/train.json, by network
 
 
 def peak() -> float:

@@ -1,10 +1,17 @@
 """Trainings of one kind, such as ten seeds or five folds, and a table of what came out.
 
+- seeds: ten of the recipe, shortened to a third;
+- folds: five-fold cross-validation;
+- images: 5, 20 and 100 % of the training volumes, as many iterations, and `BasicUNet` on the same;
+- networks: the recipe by other networks, in float32;
+- paper: the paper's network and optimizer on slices, five seeds with all safeguards, then without
+  each and without any.
+
 Two run at a time on one thread each, by `training.py`; the scores are those of the last epoch, mean
 ± standard deviation over volumes. Called again, it goes on where it was interrupted and repeats
 nothing: after a change of the recipe choose another folder.
 
-Run: python benchmarks/runs.py seeds|folds|images dataset_dir output_dir
+Run: python benchmarks/runs.py seeds|folds|images|networks|paper dataset_dir output_dir
 """
 
 import argparse
@@ -15,17 +22,31 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from measure import BUNDLE, FOLDER, OVERLAYS
 from monai.data import partition_dataset
 
 from mednca_monai.data import case_name, load_datalist
 
-FOLDER = Path(__file__).parent
-SPLIT = json.loads((FOLDER.parent / "bundle" / "configs" / "split.json").read_text())
-CONFIG = json.loads((FOLDER.parent / "bundle" / "configs" / "train.json").read_text())
+SPLIT = json.loads((BUNDLE / "configs" / "split.json").read_text())
+CONFIG = json.loads((BUNDLE / "configs" / "train.json").read_text())
 EPOCHS, BATCH = CONFIG["max_epochs"], CONFIG["volumes_per_batch"]
-Changes = dict[str, object]
+PAPER_EPOCHS = 12
+WITHOUT = {
+    "clipping": {"train#handlers#2#max_norm": 1e9},
+    "averaging": {"ema_momentum": 1.0},
+    "random steps": {"train#handlers#4#weights": [1, 0, 0]},
+    "one cycle": {
+        "lr_scheduler": {
+            "_target_": "torch.optim.lr_scheduler.ConstantLR",
+            "optimizer": "@optimizer",
+            "factor": 1.0,
+        }
+    },
+}  # the safeguards, by what leaves them out
+Changes = dict[str, Any]  # of the configs; ``overlay`` lists files, ``split`` is the split itself
 
 
 def seeds() -> dict[str, Changes]:
@@ -33,55 +54,80 @@ def seeds() -> dict[str, Changes]:
     return {f"seed {seed}": {"seed": seed, "max_epochs": EPOCHS // 3} for seed in range(10)}
 
 
-def folds(folder: Path) -> dict[str, Changes]:
+def folds() -> dict[str, Changes]:
     """Five-fold cross-validation over all volumes of the shipped split."""
     names = sorted(SPLIT["training"] + SPLIT["validation"])
     parts = partition_dataset(names, num_partitions=5, shuffle=True)
     runs: dict[str, Changes] = {}
     for number, validation in enumerate(parts):
         training = sorted(name for part in parts if part is not validation for name in part)
-        split = {"training": training, "validation": sorted(validation)}
-        runs[f"fold {number}"] = {"split_file": write_split(folder, f"fold {number}", split)}
+        runs[f"fold {number}"] = {"split": {"training": training, "validation": sorted(validation)}}
     return runs
 
 
-def images(folder: Path) -> dict[str, Changes]:
+def images() -> dict[str, Changes]:
     """The recipe with fewer training volumes, each part in the next, and as many iterations."""
     runs: dict[str, Changes] = {}
     shuffled = np.random.default_rng(0).permutation(SPLIT["training"]).tolist()
     iterations = EPOCHS * math.ceil(len(shuffled) / BATCH)
-    for percent in (5, 20, 100):
-        training = sorted(shuffled[: round(len(shuffled) * percent / 100)])
-        name = f"{len(training)} volumes"
-        runs[name] = {
-            "split_file": write_split(folder, name, {**SPLIT, "training": training}),
-            "max_epochs": iterations // math.ceil(len(training) / BATCH),
-        }
+    for network in ("MedNCA", "BasicUNet"):
+        for percent in (5, 20, 100):
+            training = sorted(shuffled[: round(len(shuffled) * percent / 100)])
+            name = f"{network}, {len(training)} volumes"
+            runs[name] = {
+                "overlay": OVERLAYS[network],
+                "split": {**SPLIT, "training": training},
+                "max_epochs": iterations // math.ceil(len(training) / BATCH),
+            }
     return runs
 
 
-def write_split(folder: Path, name: str, split: dict[str, list[str]]) -> str:
-    """Save a split and return its path."""
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(split, indent=4))
-    return str(path)
+def networks() -> dict[str, Changes]:
+    """The recipe by each network, validated every five epochs."""
+    return {name: {"overlay": files, "val_interval": 5} for name, files in OVERLAYS.items()}
 
 
-def train(dataset_dir: str, folder: Path, changes: Changes) -> None:
-    """Run one training to its end, where it is not yet there; its log is beside its table."""
-    epochs = changes.get("max_epochs", EPOCHS)
+def paper() -> dict[str, Changes]:
+    """Five seeds of the paper's network and optimizer, then each safeguard left out, then all."""
+    setting = {"overlay": ["paper.json"], "max_epochs": PAPER_EPOCHS}
+    runs: dict[str, Changes] = {f"seed {seed}": {**setting, "seed": seed} for seed in range(5)}
+    runs |= {f"without {name}": {**setting, **changes} for name, changes in WITHOUT.items()}
+    runs["without any"] = dict(setting)
+    for changes in WITHOUT.values():
+        runs["without any"] |= changes
+    return runs
+
+
+KINDS = {"seeds": seeds, "folds": folds, "images": images, "networks": networks, "paper": paper}
+
+
+def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
+    """Run one training to its end, where it is not yet there; its log is beside its table.
+
+    Returns:
+        Why it diverged, or nothing.
+    """
+    changes, epochs = dict(changes), changes.get("max_epochs", EPOCHS)
     table, log = folder / "training.csv", folder / "log.txt"
     if table.exists() and f"\n{epochs}," in "\n" + table.read_text():
-        return
+        return ""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(FOLDER / "training.py"), dataset_dir, str(folder)]
+    for overlay in changes.pop("overlay", []):
+        command += ["--overlay", str(FOLDER / overlay)]
+    if "split" in changes:
+        path = folder / "split.json"
+        path.write_text(json.dumps(changes.pop("split"), indent=4))
+        changes["split_file"] = str(path)
     for key, value in {"val_interval": epochs, **changes}.items():
         command += [f"--{key}", json.dumps(value)]
     with open(log, "a") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    if code != 0:
+    last = log.read_text().splitlines()[-1]
+    if code != 0 and not last.startswith("FloatingPointError"):
         raise RuntimeError(f"A training ended with exit code {code}: see '{log}'.")
+    return last if code != 0 else ""
 
 
 def row(name: str, cases: np.ndarray) -> str:
@@ -100,15 +146,19 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
         raise ValueError(f"`dataset_dir` must hold the shipped split, lacks {sorted(missing)}.")
     folder = Path(output_dir) / kind
     folder.mkdir(parents=True, exist_ok=True)
-    runs = seeds() if kind == "seeds" else {"folds": folds, "images": images}[kind](folder)
-    print("| run | whole | lowest | anterior | posterior |")
-    print("| --- | --- | --- | --- | --- |")
+    runs = KINDS[kind]()
+    print("| run | whole | lowest | anterior | posterior | minutes |")
+    print("| --- | --- | --- | --- | --- | --- |")
     found: list[np.ndarray] = []
     with ThreadPoolExecutor(2) as pool:
         ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name]), runs)
-        for name, _ in zip(runs, ends, strict=True):
+        for name, divergence in zip(runs, ends, strict=True):
+            if divergence:
+                print(f"| {name} | {divergence} |", flush=True)
+                continue
             found.append(np.loadtxt(folder / name / "cases.csv", delimiter=",", ndmin=2))
-            print(row(name, found[-1]), flush=True)
+            minutes = (folder / name / "training.csv").read_text().splitlines()[-1].split(",")[1]
+            print(f"{row(name, found[-1])} {float(minutes):.0f} |", flush=True)
     if kind == "folds":
         print(row("all", np.concatenate(found)))
     if kind == "seeds":
@@ -117,7 +167,7 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("kind", choices=["seeds", "folds", "images"])
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("dataset_dir")
     parser.add_argument("output_dir")
     main(**vars(parser.parse_args()))
