@@ -37,7 +37,7 @@ PAPER_EPOCHS = 12
 WITHOUT = {
     "clipping": {"train#handlers#2#max_norm": 1e9},
     "averaging": {"ema_momentum": 1.0},
-    "random steps": {"train#handlers#4#weights": [1, 0, 0]},
+    "variants": {"train#handlers#4#last_epochs": 0},
     "one cycle": {
         "lr_scheduler": {
             "_target_": "torch.optim.lr_scheduler.ConstantLR",

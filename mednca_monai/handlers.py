@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
+from mednca_monai.checks import check_int
 from mednca_monai.files import whole_file
+from mednca_monai.inferers import RandomPatchBatch, RandomPatchInferer, check_roi
 from mednca_monai.network import MedNCA
 
 
@@ -47,18 +49,20 @@ class EpochSeed:
         set_rnd(self.dataset, seed)
 
 
-class RandomSteps:
-    """Draw for each iteration how many steps the levels take, so that more or fewer do no harm.
+class VariedIterations:
+    """In the last epochs, draw how many steps each iteration takes and how large its patches are.
 
-    The number depends on the iteration alone, not on the training's seed: processes agree, and a
-    training resumes unchanged.
+    More steps then do no harm, and whole crops teach the fine level what the mirrored border of a
+    small patch does not; what comes before is learnt sooner without. The draw depends on the
+    iteration's number alone, not on the training's seed: processes agree, and a training resumes
+    unchanged.
 
     Args:
         network: that is trained.
-        factors: of ``network.steps``, each above 0.
-        weights: how likely each factor is, each at least 0.
-        last_epochs: so many (at least 0) at the end of each run of the trainer draw, all if
-            ``None``; what comes before is learnt sooner without.
+        patches: inferer and batch preparation of the trainer, whose ``roi_size`` varies.
+        variants: of an iteration, each with a ``weight`` (how likely it is, at least 0), ``steps``
+            (factor of ``network.steps``, above 0) and a ``roi_size``.
+        last_epochs: so many (at least 0) at the end of each run of the trainer draw.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -67,22 +71,25 @@ class RandomSteps:
     def __init__(
         self,
         network: MedNCA,
-        factors: Sequence[float],
-        weights: Sequence[float],
-        last_epochs: int | None = None,
+        patches: Sequence[RandomPatchInferer | RandomPatchBatch],
+        variants: Sequence[Mapping[str, Any]],
+        last_epochs: int,
     ) -> None:
-        if len(factors) == 0 or min(factors) <= 0:
-            raise ValueError(f"`factors` must be above 0, got {factors!r}.")
-        if len(weights) != len(factors) or min(weights) < 0 or sum(weights) <= 0:
+        if any(set(variant) != {"weight", "steps", "roi_size"} for variant in variants):
             raise ValueError(
-                f"`weights` must be one per factor, at least 0 and not all 0, got {weights!r}."
+                f"`variants` must each have weight, steps and roi_size, got {variants!r}."
             )
-        if last_epochs is not None and last_epochs < 0:
-            raise ValueError(f"`last_epochs` must be at least 0, got {last_epochs!r}.")
+        weights = [variant["weight"] for variant in variants]
+        if min(weights, default=0) < 0 or sum(weights) <= 0:
+            raise ValueError(f"weights in `variants` must be at least 0, not all 0, got {weights}.")
+        if min(variant["steps"] for variant in variants) <= 0:
+            raise ValueError(f"steps in `variants` must be above 0, got {variants!r}.")
         self.network = network
-        self.factors = factors
+        self.patches = patches
+        self.variants = [(v["steps"], check_roi(v["roi_size"])) for v in variants]
         self.weights = torch.tensor(weights, dtype=torch.float64)
-        self.last_epochs = last_epochs
+        self.last_epochs = check_int("last_epochs", last_epochs, 0)
+        self.roi_sizes = [patch.roi_size for patch in patches]
 
     def attach(self, engine: Engine) -> None:
         """Draw before each iteration, restore after it."""
@@ -90,22 +97,24 @@ class RandomSteps:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.restore)
 
     def draw(self, engine: Engine) -> None:
-        """Take a factor for this iteration."""
-        left = (engine.state.max_epochs or 0) - engine.state.epoch
-        if self.last_epochs is not None and left >= self.last_epochs:
+        """Take a variant for this iteration."""
+        if (engine.state.max_epochs or 0) - engine.state.epoch >= self.last_epochs:
             return
         generator = torch.Generator().manual_seed(engine.state.iteration)
         drawn = int(torch.multinomial(self.weights, 1, generator=generator))
-        self.scale_steps(self.factors[drawn])
+        factor, roi_size = self.variants[drawn]
+        self.vary(factor, [roi_size] * len(self.patches))
 
     def restore(self, engine: Engine) -> None:
-        """Let the network take its own number of steps again."""
-        self.scale_steps(1)
+        """Let network and patches be as they were."""
+        self.vary(1, self.roi_sizes)
 
-    def scale_steps(self, factor: float) -> None:
-        """Multiply the numbers of steps."""
+    def vary(self, factor: float, roi_sizes: Sequence[int | Sequence[int]]) -> None:
+        """Multiply the numbers of steps, and set the sizes of patches."""
         for automaton, steps in zip(self.network.levels, self.network.steps, strict=True):
             automaton.steps = max(1, round(steps * factor))  # type: ignore[assignment]
+        for patch, roi_size in zip(self.patches, roi_sizes, strict=True):
+            patch.roi_size = roi_size
 
 
 class StateNorm:

@@ -159,7 +159,17 @@ def test_the_benchmarks_unet_leaves_out_what_is_for_cell_automata():
     overlay = json.loads((ROOT / "benchmarks" / "unet.json").read_text())
     disabled = [key.removesuffix("#_disabled_") for key in overlay if key.endswith("_disabled_")]
     names = [parse("train.json")[key]["_target_"] for key in disabled]
-    assert names == [f"mednca_monai.handlers.{name}" for name in ("StateNorm", "RandomSteps")]
+    assert names == [f"mednca_monai.handlers.{name}" for name in ("StateNorm", "VariedIterations")]
+
+
+def test_the_benchmarks_paper_changes_what_it_means_to():
+    overlay = json.loads((ROOT / "benchmarks" / "paper.json").read_text())
+    train = parse("train.json")
+    assert train["train#handlers#4"]["_target_"] == "mednca_monai.handlers.VariedIterations"
+    assert train["train#random_transforms#6"]["_target_"] == "RandCropByPosNegLabeld"
+    for key in overlay.keys() - {"as_slice"}:
+        assert key in train or key.endswith("#num_samples")
+    assert overlay["train#handlers#4#variants#0#roi_size"] == overlay["crop_size"][:2]
 
 
 def test_metadata_follows_the_schema(shared):

@@ -10,16 +10,17 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.transforms import Compose, RandGaussianNoised, RandShiftIntensityd
 
-from mednca_monai import MedNCA
+from mednca_monai import MedNCA, RandomPatchInferer
 from mednca_monai.handlers import (
     DivergenceGuard,
     EpochSeed,
-    RandomSteps,
     RepeatedOneCycleLR,
     ResumableCheckpoint,
     StateNorm,
+    VariedIterations,
     WeightAveraging,
 )
+from mednca_monai.inferers import RandomPatchBatch
 
 ITERATIONS = 3  # of an epoch
 
@@ -362,72 +363,82 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
     assert (tmp_path / "last.pt").read_bytes() == content
 
 
-def steps_of_a_training(factors, weights, start=0, max_epochs=10, last_epochs=None):
-    """Steps that both levels of a network take in each iteration, and the network afterwards."""
+def variant(weight, steps, roi_size=4):
+    return {"weight": weight, "steps": steps, "roi_size": roi_size}
+
+
+def varied_training(variants, start=0, max_epochs=10, last_epochs=10):
+    """Steps of both levels and size of the patch in each iteration; then all is as before."""
     network = MedNCA(2, 1, 1, steps=(8, 6))
+    patches = [RandomPatchInferer(9), RandomPatchBatch((9, 9))]
     seen = {}
 
     def note(engine, batch):
-        seen[engine.state.iteration] = tuple(level.steps for level in network.levels)
+        steps = tuple(level.steps for level in network.levels)
+        seen[engine.state.iteration] = (steps, *(patch.roi_size for patch in patches))
 
     engine = Engine(note)
     engine.add_event_handler(Events.STARTED, resume_after(start))
-    RandomSteps(network, factors, weights, last_epochs).attach(engine)
+    VariedIterations(network, patches, variants, last_epochs).attach(engine)
     engine.run([0] * ITERATIONS, max_epochs=max_epochs)
     assert [level.steps for level in network.levels] == [8, 6]
+    assert [patch.roi_size for patch in patches] == [9, (9, 9)]
     return seen
 
 
-def test_steps_are_drawn_as_often_as_their_weights_say():
-    seen = list(steps_of_a_training([0.5, 1, 2], [3, 1, 0], max_epochs=100).values())
-    assert set(seen) == {(4, 3), (8, 6)}
-    assert seen.count((4, 3)) / len(seen) == pytest.approx(0.75, abs=0.08)
+def test_variants_are_drawn_as_often_as_their_weights_say():
+    variants = [variant(3, 0.5), variant(1, 1, (5, 6)), variant(0, 2)]
+    seen = list(varied_training(variants, max_epochs=100, last_epochs=100).values())
+    assert set(seen) == {((4, 3), 4, 4), ((8, 6), (5, 6), (5, 6))}
+    assert seen.count(((4, 3), 4, 4)) / len(seen) == pytest.approx(0.75, abs=0.08)
 
 
 @pytest.mark.parametrize("last_epochs", [0, 1, 7, 10, 20])
-def test_steps_are_drawn_in_the_last_epochs(last_epochs):
-    seen = steps_of_a_training([2], [1], last_epochs=last_epochs)
+def test_variants_are_drawn_in_the_last_epochs(last_epochs):
+    seen = varied_training([variant(1, 2)], last_epochs=last_epochs)
     first = ITERATIONS * max(10 - last_epochs, 0) + 1
-    assert {i for i, steps in seen.items() if steps == (16, 12)} == {*range(first, 31)}
-    assert {i for i, steps in seen.items() if steps == (8, 6)} == {*range(1, first)}
+    assert {i for i, found in seen.items() if found == ((16, 12), 4, 4)} == {*range(first, 31)}
+    assert {i for i, found in seen.items() if found == ((8, 6), 9, (9, 9))} == {*range(1, first)}
 
 
 def test_each_run_of_a_trainer_draws_in_its_own_last_epochs():
     seen = []
     network = MedNCA(2, 1, 1, steps=8)
     engine = Engine(lambda engine, batch: seen.append(network.levels[0].steps))
-    RandomSteps(network, [2], [1], last_epochs=1).attach(engine)
+    VariedIterations(network, [], [variant(1, 2)], last_epochs=1).attach(engine)
     for max_epochs in (3, 5):  # as a federated client's rounds do
         engine.state.max_epochs = max_epochs
         engine.run([0])
     assert seen == [8, 8, 16, 8, 16]
 
 
-def test_a_training_that_resumes_draws_the_same_steps():
-    whole = steps_of_a_training([0.1, 1, 2, 4], [1, 1, 1, 1])
-    assert min(whole.values()) == (1, 1)
-    resumed = steps_of_a_training([0.1, 1, 2, 4], [1, 1, 1, 1], start=4)
-    assert resumed == {i: steps for i, steps in whole.items() if i > 4 * ITERATIONS}
+def test_a_training_that_resumes_draws_the_same_variants():
+    variants = [variant(1, steps, round(10 * steps)) for steps in (0.1, 1, 2, 4)]
+    whole = varied_training(variants)
+    assert min(whole.values()) == ((1, 1), 1, 1)
+    resumed = varied_training(variants, start=4)
+    assert resumed == {i: found for i, found in whole.items() if i > 4 * ITERATIONS}
 
 
 @pytest.mark.parametrize(
-    ("factors", "weights", "message"),
+    ("variants", "message"),
     [
-        ([], [], "`factors` must be above 0, got"),
-        ([1, 0], [1, 1], "`factors` must be above 0, got"),
-        ([1, 2], [1], "`weights` must be one per factor"),
-        ([1, 2], [1, -1], "`weights` must be one per factor"),
-        ([1, 2], [0, 0], "`weights` must be one per factor"),
+        ([], "weights in `variants` must be at least 0, not all 0, got"),
+        ([variant(0, 1)], "weights in `variants` must be at least 0, not all 0, got"),
+        ([variant(1, 1), variant(-1, 1)], "weights in `variants` must be at least 0, not all 0"),
+        ([variant(1, 1), variant(1, 0)], "steps in `variants` must be above 0, got"),
+        ([variant(1, 1, 0)], "`roi_size` must be an integer of at least 1, got 0"),
+        ([{"weight": 1, "steps": 1}], "`variants` must each have weight, steps and roi_size, got"),
     ],
 )
-def test_wrong_step_factors_are_refused(factors, weights, message):
+def test_wrong_variants_are_refused(variants, message):
     with pytest.raises(ValueError, match=message):
-        RandomSteps(MedNCA(2, 1, 1), factors, weights)
+        VariedIterations(MedNCA(2, 1, 1), [], variants, last_epochs=1)
 
 
 def test_the_last_epochs_must_be_a_number_of_epochs():
-    with pytest.raises(ValueError, match="`last_epochs` must be at least 0, got -1"):
-        RandomSteps(MedNCA(2, 1, 1), [1], [1], last_epochs=-1)
+    with pytest.raises(ValueError, match="`last_epochs` must be an integer of at least 0, got -1"):
+        VariedIterations(MedNCA(2, 1, 1), [], [variant(1, 1)], last_epochs=-1)
 
 
 def test_the_largest_state_of_an_epoch_is_logged():
