@@ -17,15 +17,17 @@ def neighbourhoods(window: Tensor, cells: Tensor, radius: int) -> Tensor:
     Returns:
         ``(N, (2 * radius + 1)**spatial_dims * C)``, the channels of a neighbour side by side.
     """
-    offsets = [0]
-    for length in window.shape[2:]:
-        lines = [offset * length for offset in offsets]
-        offsets = []
-        for line in lines:
-            offsets += [line + i for i in range(-radius, radius + 1)]
-    around = cells.unsqueeze(1) + torch.tensor(offsets)
-    rows = window.movedim(1, -1).flatten(0, -2).index_select(0, around.flatten())
-    return rows.view(cells.shape[0], len(offsets) * window.shape[1])
+    channels, width = window.shape[1], 2 * radius + 1
+    firsts = [0]  # of the neighbours in a line, which lie side by side in memory
+    for length in window.shape[3:]:
+        planes = firsts
+        firsts = []
+        for plane in planes:
+            firsts += [(plane + i) * length for i in range(-radius, radius + 1)]
+    lines = cells.unsqueeze(1) + (torch.tensor(firsts) - radius)
+    rows = window.movedim(1, -1).reshape(-1, channels)
+    rows = rows.as_strided([rows.shape[0] - 2 * radius, width * channels], [channels, 1])
+    return rows.index_select(0, lines.flatten()).view(cells.shape[0], len(firsts) * rows.shape[1])
 
 
 def as_matrix(weight: Tensor) -> Tensor:
