@@ -269,9 +269,11 @@ def test_other_precisions_are_close_to_double(
     assert (logits.double() - expected).abs().max() < tolerance * max(1, expected.abs().max())
 
 
+@pytest.mark.parametrize("matrix_units", [False, True])
 def test_bfloat16_autocast_trains_and_is_close_to_double(
-    make_network, spatial_dims, size, settings
+    make_network, spatial_dims, size, settings, monkeypatch, matrix_units
 ):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
     network, image = make_network(spatial_dims, **settings, segment_steps=2), make_image(size)
     expected = network(image)
     network.float()
