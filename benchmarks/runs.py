@@ -3,7 +3,7 @@
 - seeds: ten of the recipe, shortened to a third;
 - folds: five-fold cross-validation;
 - images: 5, 20 and 100 % of the training volumes, as many iterations, and `BasicUNet` on the same;
-- networks: the recipe by other networks, in float32;
+- networks: the recipe by each network;
 - paper: the paper's network and optimizer on slices, five seeds with all safeguards, then without
   each and without any.
 

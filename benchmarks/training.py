@@ -6,7 +6,7 @@ shows it; ``cases.csv`` has each volume's Dice in the last validation. A trainin
 interrupted goes on where it was.
 
 Run: python benchmarks/training.py dataset_dir output_dir [--overlay file.json] [--key JSON ...]
-(`--overlay benchmarks/unet.json` trains MONAI's UNet on the same data, in float32)
+(`--overlay benchmarks/unet.json` trains MONAI's UNet on the same data)
 Two processes: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/training.py dataset_dir
 output_dir --overlay bundle/configs/multi_gpu_train.json --volumes_per_batch 1
 """
