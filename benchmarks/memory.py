@@ -19,7 +19,7 @@ from mednca_monai import MedNCA, TiledInferer
 mpl.use("Agg")
 SIZES = [512, 1024, 2048, 4096, 8192, 16384]
 LARGEST_WHOLE = 4096  # larger images are run in tiles only
-TILE = 1024
+TILE = 512
 
 
 def case(size: int, tiled: bool) -> tuple[float, float, float]:
