@@ -5,14 +5,13 @@ Run: python benchmarks/exports.py dataset_dir   (needs onnxruntime)
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import onnxruntime
 import torch
+from measure import BUNDLE
 from monai.bundle import ConfigParser
 from torch import Tensor
 
-BUNDLE = Path(__file__).parents[1] / "bundle"
 SHAPES = [(64, 64, 1), (256, 256, 1), (36, 52, 36)]
 
 

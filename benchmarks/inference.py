@@ -30,7 +30,7 @@ def measure(name: str, size: tuple[int, ...]) -> tuple[int, float, float, float]
         kilobytes = path.stat().st_size / 1000
     count = sum(weight.numel() for weight in network.parameters())
     with torch.no_grad():
-        network(torch.rand(1, 1, 16, 16, 16))
+        network(torch.rand(1, 1, 32, 32, 32))
         before, image = resident(), torch.rand(1, 1, *size)
         inferer(image, network)
         more = peak() - before

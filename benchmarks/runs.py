@@ -33,7 +33,7 @@ from mednca_monai.data import case_name, load_datalist
 SPLIT = json.loads((BUNDLE / "configs" / "split.json").read_text())
 CONFIG = json.loads((BUNDLE / "configs" / "train.json").read_text())
 EPOCHS, BATCH = CONFIG["max_epochs"], CONFIG["volumes_per_batch"]
-PAPER_EPOCHS = 12
+PAPER_EPOCHS = 12  # of 29 iterations of 20 slices
 WITHOUT = {
     "clipping": {"train#handlers#2#max_norm": 1e9},
     "averaging": {"ema_momentum": 1.0},
@@ -102,15 +102,17 @@ KINDS = {"seeds": seeds, "folds": folds, "images": images, "networks": networks,
 
 
 def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
-    """Run one training to its end, where it is not yet there; its log is beside its table.
+    """Run one training to its end, where it is not yet there; its last log is beside its table.
 
     Returns:
         Why it diverged, or nothing.
     """
     changes, epochs = dict(changes), changes.get("max_epochs", EPOCHS)
-    table, log = folder / "training.csv", folder / "log.txt"
+    table, log, diverged = (folder / name for name in ("training.csv", "log.txt", "diverged.txt"))
     if table.exists() and f"\n{epochs}," in "\n" + table.read_text():
         return ""
+    if diverged.exists():
+        return diverged.read_text()
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(FOLDER / "training.py"), dataset_dir, str(folder)]
     for overlay in changes.pop("overlay", []):
@@ -121,13 +123,16 @@ def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
         changes["split_file"] = str(path)
     for key, value in {"val_interval": epochs, **changes}.items():
         command += [f"--{key}", json.dumps(value)]
-    with open(log, "a") as file:
+    with open(log, "w") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    last = log.read_text().splitlines()[-1]
-    if code != 0 and not last.startswith("FloatingPointError"):
+    if code == 0:
+        return ""
+    last = "".join(log.read_text().splitlines()[-1:])
+    if not last.startswith("FloatingPointError"):
         raise RuntimeError(f"A training ended with exit code {code}: see '{log}'.")
-    return last if code != 0 else ""
+    diverged.write_text(last)
+    return last
 
 
 def row(name: str, cases: np.ndarray) -> str:
@@ -159,10 +164,11 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
             found.append(np.loadtxt(folder / name / "cases.csv", delimiter=",", ndmin=2))
             minutes = (folder / name / "training.csv").read_text().splitlines()[-1].split(",")[1]
             print(f"{row(name, found[-1])} {float(minutes):.0f} |", flush=True)
-    if kind == "folds":
-        print(row("all", np.concatenate(found)))
-    if kind == "seeds":
-        print(row("means of the seeds", np.stack([np.nanmean(cases, 0) for cases in found])))
+    if kind == "folds" and found:
+        print(f"{row(f'all of {len(found)} folds', np.concatenate(found))} |")
+    if kind == "seeds" and found:
+        means = np.stack([np.nanmean(cases, 0) for cases in found])
+        print(f"{row(f'means of {len(found)} seeds', means)} |")
 
 
 if __name__ == "__main__":

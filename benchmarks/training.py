@@ -6,7 +6,8 @@ shows it; ``cases.csv`` has each volume's Dice in the last validation. A trainin
 interrupted goes on where it was.
 
 Run: python benchmarks/training.py dataset_dir output_dir [--overlay file.json] [--key JSON ...]
-(`--overlay benchmarks/unet.json` trains MONAI's UNet on the same data)
+(`--overlay benchmarks/unet.json` trains MONAI's UNet on the same data, a further `--overlay
+benchmarks/basic_unet.json` or `dyn_unet.json` these)
 Two processes: OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/training.py dataset_dir
 output_dir --overlay bundle/configs/multi_gpu_train.json --volumes_per_batch 1
 """
@@ -25,9 +26,8 @@ import ignite.distributed as idist
 import matplotlib.pyplot as plt
 import numpy as np
 from ignite.engine import Engine, Events
+from measure import BUNDLE
 from monai.bundle import ConfigParser
-
-BUNDLE = Path(__file__).parents[1] / "bundle"
 
 
 def note(path: Path, start: float, trainer: Engine, evaluator: Engine) -> None:
@@ -69,11 +69,16 @@ def train(dataset_dir: str, output_dir: str, overlay: list[str], changes: dict[s
     evaluator = parser.get_parsed_content("validate#evaluator")
     path = Path(output_dir) / "training.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    if path.exists():  # resumed
-        start -= 60 * float(path.read_text().splitlines()[-1].split(",")[1])
+    clock, start = path.with_name("seconds.txt"), time.time()
+    if clock.exists():  # resumed
+        start -= float(clock.read_text())
     first = idist.get_rank() == 0
     if first:
+
+        @trainer.on(Events.EPOCH_COMPLETED)
+        def note_seconds() -> None:
+            clock.write_text(str(time.time() - start))
+
         noting = partial(note, path, start, trainer, evaluator)
         evaluator.add_event_handler(Events.COMPLETED, noting)
     trainer.run()

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from measure import BUNDLE
 
-BUNDLE = Path(__file__).parents[1] / "bundle"
 REPEATS = 3
 SMALL = ["numpy", "numpy.libs", "nibabel"]
 MONAI = [*SMALL, "torch", "monai", "ignite", "scipy", "scipy.libs", "PIL", "sympy", "networkx"]

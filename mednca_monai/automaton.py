@@ -183,6 +183,12 @@ class CellularAutomaton(nn.Module):
         kernel = kernel + nn.functional.pad(own, [self.radius] * (2 * self.spatial_dims))
         return [bias, update, self.channels_last(kernel)]
 
+    def perceive(self, window: Tensor, kernel: Tensor, stride: int) -> Tensor:
+        """Convolve a window by the rule's kernel, for all of its cells."""
+        if self.is_dense:
+            return self.convolve(window, kernel, None, stride)
+        return depthwise_convolution(window, kernel)
+
     def change(self, window: Tensor, rule: list[Tensor], fires: Tensor, stride: int) -> Tensor:
         """What a step adds to the cells of a window; image channels get zeros.
 
@@ -204,10 +210,7 @@ class CellularAutomaton(nn.Module):
         if len(rule) == 3:
             x = self.convolve(window, kernel, bias, stride)
         else:
-            if self.is_dense:
-                around = self.convolve(window, kernel, None, stride)
-            else:
-                around = depthwise_convolution(window, kernel)
+            around = self.perceive(window, kernel, stride)
             cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
             x = self.convolve(self.channels_last(torch.cat([cells, around], 1)), rule[3], bias)
         change = self.convolve(self.norm(x).relu_(), update, None)
@@ -216,7 +219,7 @@ class CellularAutomaton(nn.Module):
     def change_of_cells(
         self, window: Tensor, kernel: Tensor, rule: list[Tensor], fires: Tensor
     ) -> Tensor:
-        """As `change`, computed for the firing cells only; ``kernel`` is that of the rule."""
+        """As `change`, dense layers for the firing cells only; ``kernel`` is that of the rule."""
         border = [self.radius] * (2 * self.spatial_dims)
         cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
         count, cells = len(cells), fill_up(cells)
@@ -224,11 +227,7 @@ class CellularAutomaton(nn.Module):
         if self.is_dense and not has_matrix_units(window.dtype):
             x = gathered_convolution(window, kernel, cells, count)
         else:
-            if self.is_dense:
-                x = self.convolve(window, kernel, None)
-            else:
-                x = depthwise_convolution(window, kernel)
-            x = x.movedim(1, -1).flatten(0, -2)
+            x = self.perceive(window, kernel, 1).movedim(1, -1).flatten(0, -2)
             x = x.index_select(0, fill_up(fires.flatten().nonzero().flatten()))
         if len(rule) == 3:
             x = x + rule[0].to(x.dtype)

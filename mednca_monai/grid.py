@@ -41,19 +41,24 @@ def enlarge(coarse: Coarse, block: Block, size: list[int]) -> Tensor:
     """Finer cells of a block, each a copy of the coarse one that stands for it.
 
     Args:
-        coarse: of the batch.
+        coarse: of the batch; they stand for all cells of the block.
         block: which of the finer cells.
         size: spatial size of all finer cells.
 
     Returns:
         ``(block.items, C, block.rows, *size[1:])``.
+
+    Example:
+        >>> coarse = Coarse(torch.tensor([[[[1, 2, 3]]]]), scale_factor=[1, 2], starts=[[0, 1]])
+        >>> enlarge(coarse, Block(item=0, items=1, row=0, rows=1), size=[1, 5]).flatten().tolist()
+        [1, 2, 2, 3, 3]
     """
-    starts = coarse.starts
+    starts, items = coarse.starts, block.items  # one place for all items of the block
     if len(starts) > 1:
-        starts = starts[block.item : block.item + block.items]
+        starts, items = starts[block.item : block.item + block.items], 1
     parts: list[Tensor] = []
     for item, start in enumerate(starts):
-        cells = coarse.cells.narrow(0, block.item + item, block.items // len(starts))
+        cells = coarse.cells.narrow(0, block.item + item, items)
         for axis, factor in enumerate(coarse.scale_factor):
             skipped, length = start[axis], size[axis]
             if axis == 0:

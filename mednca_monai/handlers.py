@@ -52,8 +52,8 @@ class EpochSeed:
 class VariedIterations:
     """In the last epochs, draw how many steps each iteration takes and how large its patches are.
 
-    More steps then do no harm, and whole crops teach the fine level what the mirrored border of a
-    small patch does not; what comes before is learnt sooner without. The draw depends on the
+    More steps then do little harm, and larger patches teach the fine level what the mirrored border
+    of a small one does not; what comes before is learnt sooner without. The draw depends on the
     iteration's number alone, not on the training's seed: processes agree, and a training resumes
     unchanged.
 
@@ -86,7 +86,7 @@ class VariedIterations:
             raise ValueError(f"steps in `variants` must be above 0, got {variants!r}.")
         self.network = network
         self.patches = patches
-        self.variants = [(v["steps"], check_roi(v["roi_size"])) for v in variants]
+        self.variants = [(variant["steps"], check_roi(variant["roi_size"])) for variant in variants]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.last_epochs = check_int("last_epochs", last_epochs, 0)
         self.roi_sizes = [patch.roi_size for patch in patches]

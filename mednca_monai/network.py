@@ -233,7 +233,7 @@ class MedNCA(nn.Module):
             if regions is not None:
                 region = Region(regions[level].start.cpu(), regions[level].size)
                 image, start = crop(image, region), region.start + first
-                places: list[list[int]] = (start - outer).tolist()
+                places: list[list[int]] = (start - outer).tolist()  # TorchScript wants the type
                 starts = places
             coarse = Coarse(cells, scale_factor, starts)
             cells = automaton(image, coarse, seed, start.to(image.device))
