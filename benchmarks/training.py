@@ -44,10 +44,12 @@ def note(path: Path, start: float, trainer: Engine, evaluator: Engine) -> None:
 def draw(path: Path) -> None:
     """Draw a table as a picture beside it."""
     _, minutes, *structures, whole = zip(*csv.reader(path.open()), strict=True)
-    mean = [sum(map(float, dice)) / len(dice) for dice in zip(*structures, strict=True)]
+    lines = {"whole": np.array(whole, float)}
+    if structures:
+        lines["mean of the structures"] = np.array(structures, float).mean(0)
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for name, dice in (("whole", map(float, whole)), ("mean of the structures", mean)):
-        axis.plot([float(m) for m in minutes], list(dice), "o-", label=name)
+    for name, dice in lines.items():
+        axis.plot(np.array(minutes, float), dice, "o-", label=name)
     axis.set(xlabel="minutes", ylabel="Dice, validation volumes", ylim=(0.7, 0.93))
     axis.grid(alpha=0.3)
     axis.legend()
@@ -97,5 +99,10 @@ if __name__ == "__main__":
     if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
         parser.error(f"expected pairs of --key and JSON, got {rest}")
     pairs = rest[::2], rest[1::2]
-    changes = {key.removeprefix("--"): json.loads(value) for key, value in zip(*pairs, strict=True)}
+    changes = {}
+    for key, value in zip(*pairs, strict=True):
+        try:
+            changes[key.removeprefix("--")] = json.loads(value)
+        except json.JSONDecodeError:
+            parser.error(f"{key} must be followed by JSON, got {value}")
     train(arguments.dataset_dir, arguments.output_dir, arguments.overlay, changes)

@@ -397,7 +397,7 @@ def fill_up(cells: Tensor) -> Tensor:
 
 
 def has_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether all cells take the processor less time than gathering some, as with Intel's AMX."""
+    """Whether all cells take the processor less time than gathering half, as with Intel's AMX."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return False
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()

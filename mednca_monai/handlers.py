@@ -1,5 +1,6 @@
 """What a stock trainer needs to be reproducible, safe from divergence, and resumable."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
-from mednca_monai.checks import check_int
+from mednca_monai.checks import check_int, check_ints
 from mednca_monai.files import whole_file
-from mednca_monai.inferers import RandomPatchBatch, RandomPatchInferer, check_roi
+from mednca_monai.inferers import RandomPatchBatch, RandomPatchInferer
 from mednca_monai.network import MedNCA
 
 
@@ -80,21 +81,24 @@ class VariedIterations:
                 f"`variants` must each have weight, steps and roi_size, got {variants!r}."
             )
         weights = [variant["weight"] for variant in variants]
-        if min(weights, default=0) < 0 or sum(weights) <= 0:
+        if not (min(weights, default=0) >= 0 and 0 < sum(weights) < math.inf):
             raise ValueError(f"weights in `variants` must be at least 0, not all 0, got {weights}.")
-        if min(variant["steps"] for variant in variants) <= 0:
+        if not all(0 < variant["steps"] < math.inf for variant in variants):
             raise ValueError(f"steps in `variants` must be above 0, got {variants!r}.")
+        for variant in variants:
+            check_ints("roi_size", variant["roi_size"], network.spatial_dims, "axis")
         self.network = network
         self.patches = patches
-        self.variants = [(variant["steps"], check_roi(variant["roi_size"])) for variant in variants]
+        self.variants = [(variant["steps"], variant["roi_size"]) for variant in variants]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.last_epochs = check_int("last_epochs", last_epochs, 0)
         self.roi_sizes = [patch.roi_size for patch in patches]
 
     def attach(self, engine: Engine) -> None:
-        """Draw before each iteration, restore after it."""
+        """Draw before each iteration, restore after it, also where it fails."""
         engine.add_event_handler(Events.ITERATION_STARTED, self.draw)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.restore)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def draw(self, engine: Engine) -> None:
         """Take a variant for this iteration."""
@@ -108,6 +112,11 @@ class VariedIterations:
     def restore(self, engine: Engine) -> None:
         """Let network and patches be as they were."""
         self.vary(1, self.roi_sizes)
+
+    def fail(self, engine: Engine, error: BaseException) -> None:
+        """Restore, and let the error go on."""
+        self.restore(engine)
+        raise error
 
     def vary(self, factor: float, roi_sizes: Sequence[int | Sequence[int]]) -> None:
         """Multiply the numbers of steps, and set the sizes of patches."""

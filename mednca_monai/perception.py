@@ -25,7 +25,7 @@ def neighbourhoods(window: Tensor, cells: Tensor, radius: int) -> Tensor:
         for plane in planes:
             firsts += [(plane + i) * length for i in range(-radius, radius + 1)]
     lines = cells.unsqueeze(1) + (torch.tensor(firsts) - radius)
-    rows = window.movedim(1, -1).reshape(-1, channels)
+    rows = window.movedim(1, -1).reshape(-1, channels).contiguous()
     rows = rows.as_strided([rows.shape[0] - 2 * radius, width * channels], [channels, 1])
     return rows.index_select(0, lines.flatten()).view(cells.shape[0], len(firsts) * rows.shape[1])
 

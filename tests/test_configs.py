@@ -162,6 +162,20 @@ def test_the_benchmarks_unet_leaves_out_what_is_for_cell_automata():
     assert names == [f"mednca_monai.handlers.{name}" for name in ("StateNorm", "VariedIterations")]
 
 
+@pytest.mark.parametrize(
+    ("crop_size", "roi_size", "expected"),
+    [
+        ([36, 52, 36], [20, 24, 20], [28, 38, 28]),
+        (40, 20, [30, 30, 30]),
+        (-1, [20, 24, 20], [20, 24, 20]),  # the whole image, of any size
+    ],
+)
+def test_the_larger_patches_lie_between_patch_and_crop(crop_size, roi_size, expected):
+    parser = parse("train.json", crop_size=crop_size, roi_size=roi_size)
+    assert parser["train#handlers#4#variants#0#steps"] == 1
+    assert parser.get_parsed_content("train#handlers#4#variants#0#roi_size") == expected
+
+
 @pytest.mark.parametrize("names", [["unet"], ["unet", "basic_unet"], ["unet", "dyn_unet"]])
 def test_the_benchmarks_networks_take_their_crops(names):
     parser = parse("train.json")

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 
 import ignite.distributed as idist
 import pytest
@@ -427,13 +428,33 @@ def test_a_training_that_resumes_draws_the_same_variants():
         ([variant(0, 1)], "weights in `variants` must be at least 0, not all 0, got"),
         ([variant(1, 1), variant(-1, 1)], "weights in `variants` must be at least 0, not all 0"),
         ([variant(1, 1), variant(1, 0)], "steps in `variants` must be above 0, got"),
+        (
+            [variant(1, 1), variant(math.nan, 1)],
+            "weights in `variants` must be at least 0, not all",
+        ),
+        ([variant(1, math.nan)], "steps in `variants` must be above 0, got"),
         ([variant(1, 1, 0)], "`roi_size` must be an integer of at least 1, got 0"),
+        ([variant(1, 1, (4, 4, 4))], "`roi_size` must be one value or one per axis (2), got"),
         ([{"weight": 1, "steps": 1}], "`variants` must each have weight, steps and roi_size, got"),
     ],
 )
 def test_wrong_variants_are_refused(variants, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         VariedIterations(MedNCA(2, 1, 1), [], variants, last_epochs=1)
+
+
+def test_an_error_in_a_varied_iteration_leaves_the_network_as_it_was():
+    def fail(engine, batch):
+        assert network.levels[0].steps == 16
+        raise FloatingPointError("the loss is nan")
+
+    network, inferer = MedNCA(2, 1, 1, steps=8), RandomPatchInferer(9)
+    engine = Engine(fail)
+    VariedIterations(network, [inferer], [variant(1, 2)], last_epochs=1).attach(engine)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        engine.run([0])
+    assert [level.steps for level in network.levels] == [8, 8]
+    assert inferer.roi_size == 9
 
 
 def test_the_last_epochs_must_be_a_number_of_epochs():
