@@ -195,6 +195,9 @@ def test_the_benchmarks_paper_changes_what_it_means_to():
     assert train["train#random_transforms#6"]["_target_"] == "RandCropByPosNegLabeld"
     for key in overlay.keys() - {"as_slice"}:
         assert key in train
+    train.update(overlay)
+    larger = train.get_parsed_content("train#handlers#4#variants#0#roi_size")
+    assert larger == [28, 38]
 
 
 def test_metadata_follows_the_schema(shared):
