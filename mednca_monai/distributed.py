@@ -1,6 +1,7 @@
 """Loss of a batch that several processes share, and their end."""
 
-import ctypes
+import atexit
+import gc
 
 import torch
 from torch import Tensor, distributed, nn
@@ -44,10 +45,13 @@ class GatheredLoss(nn.Module):
 
 
 def leave() -> None:
-    """Leave the process group, which stays in memory until the process ends.
+    """Leave the process group, whose threads end with the process and before Python does.
 
-    Its destructor would wait for the threads of gloo, one of which may itself wait for Python, to
-    release a tensor: for ever, where Python waits for the destructor.
+    The threads of gloo may still have to release tensors, for which they need Python's lock. If
+    the group were destroyed while Python holds it, as when a ``DistributedDataParallel`` is, both
+    would wait for ever; if Python were gone, they would abort the process. Hence the group is kept
+    and is the last to go: its own destructor waits for the threads without the lock.
     """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(distributed.group.WORLD))
+    group = distributed.group.WORLD
     distributed.destroy_process_group()
+    atexit.register(lambda _: gc.collect(), group)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from mednca_monai.distributed import leave
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "bundle" / "configs"
 SETTINGS = {"network_def#steps": 3, "network_def#num_channels": 6, "roi_size": [8, 6, 7]}
@@ -92,6 +94,22 @@ def test_two_processes_with_half_the_batch_each_have_the_gradient_of_one(batch, 
         for one, other in zip(theirs, gradients, strict=True):
             assert other.abs().max() > 0
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+
+
+def leave_while_tensors_are_sent(rank, folder):
+    """A process that ends while gloo still sends, with a wrapped network that Python collects."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=1
+    )
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    network.itself = [network]
+    for _ in range(2000):
+        torch.distributed.all_gather([torch.empty(9999)], torch.ones(9999), async_op=True)
+    leave()
+
+
+def test_a_process_that_left_ends(tmp_path):
+    torch.multiprocessing.spawn(leave_while_tensors_are_sent, (tmp_path,))
 
 
 if __name__ == "__main__":
