@@ -62,7 +62,9 @@ class VariedIterations:
         network: that is trained.
         patches: inferer and batch preparation of the trainer, whose ``roi_size`` varies.
         variants: of an iteration, each with a ``weight`` (how likely it is, at least 0), ``steps``
-            (factor of ``network.steps``, above 0) and a ``roi_size``.
+            (factor of ``network.steps``, above 0) and a ``roi_size``. The factor grows from 1 to
+            ``steps`` in the first half of these epochs: many more steps at once would let the
+            states grow.
         last_epochs: so many (at least 0) at the end of each run of the trainer draw.
 
     Raises:
@@ -102,12 +104,14 @@ class VariedIterations:
 
     def draw(self, engine: Engine) -> None:
         """Take a variant for this iteration."""
-        if (engine.state.max_epochs or 0) - engine.state.epoch >= self.last_epochs:
+        left = (engine.state.max_epochs or 0) - engine.state.epoch
+        if left >= self.last_epochs:
             return
         generator = torch.Generator().manual_seed(engine.state.iteration)
         drawn = int(torch.multinomial(self.weights, 1, generator=generator))
         factor, roi_size = self.variants[drawn]
-        self.vary(factor, [roi_size] * len(self.patches))
+        ramp = min(1, 2 - 2 * left / self.last_epochs)
+        self.vary(1 + (factor - 1) * ramp, [roi_size] * len(self.patches))
 
     def restore(self, engine: Engine) -> None:
         """Let network and patches be as they were."""
