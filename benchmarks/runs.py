@@ -4,6 +4,7 @@
 - folds: five-fold cross-validation;
 - images: 5, 20 and 100 % of the training volumes, as many iterations, and `BasicUNet` on the same;
 - networks: the recipe by each network;
+- causes: 14 epochs without varied iterations, with other fire rates, steps, scales and patches;
 - paper: the paper's network and optimizer on slices, five seeds with all safeguards, then without
   each and without any.
 
@@ -11,7 +12,7 @@ Two run at a time on one thread each, by `training.py`; the scores are those of 
 ± standard deviation over volumes. Called again, it goes on where it was interrupted and repeats
 nothing: after a change of the recipe choose another folder.
 
-Run: python benchmarks/runs.py seeds|folds|images|networks|paper dataset_dir output_dir
+Run: python benchmarks/runs.py seeds|folds|images|networks|causes|paper dataset_dir output_dir
 """
 
 import argparse
@@ -87,6 +88,24 @@ def networks() -> dict[str, Changes]:
     return {name: {"overlay": files, "val_interval": 5} for name, files in OVERLAYS.items()}
 
 
+def causes() -> dict[str, Changes]:
+    """14 epochs without varied iterations, and what more a change brings."""
+    half, all_cells = {"network_def#fire_rate": 0.5}, {"network_def#fire_rate": 1.0}
+    longer = {"network_def#steps": 24}
+    runs: dict[str, Changes] = {
+        "fire rate 0.5": half,
+        "fire rate 0.5, 24 + 24 steps": half | longer,
+        "fire rate 0.5, scale factor 2": half | {"network_def#scale_factor": 2},
+        "fire rate 0.75": {"network_def#fire_rate": 0.75},
+        "fire rate 0.9": {},
+        "fire rate 1": all_cells,
+        "fire rate 1, 24 + 24 steps": all_cells | longer,
+        "fire rate 0.9, patches of 28 x 38 x 28": {"roi_size": [28, 38, 28]},
+    }
+    short = {"max_epochs": 14, "train#handlers#4#last_epochs": 0}
+    return {name: short | changes for name, changes in runs.items()}
+
+
 def paper() -> dict[str, Changes]:
     """Five seeds of the paper's network and optimizer, then each safeguard left out, then all."""
     setting = {"overlay": ["paper.json"], "max_epochs": PAPER_EPOCHS}
@@ -98,7 +117,9 @@ def paper() -> dict[str, Changes]:
     return runs
 
 
-KINDS = {"seeds": seeds, "folds": folds, "images": images, "networks": networks, "paper": paper}
+KINDS = {
+    function.__name__: function for function in (seeds, folds, images, networks, causes, paper)
+}
 
 
 def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
