@@ -34,6 +34,7 @@ from mednca_monai.data import case_name, load_datalist
 SPLIT = json.loads((BUNDLE / "configs" / "split.json").read_text())
 CONFIG = json.loads((BUNDLE / "configs" / "train.json").read_text())
 EPOCHS, BATCH = CONFIG["max_epochs"], CONFIG["volumes_per_batch"]
+UNET_EPOCHS = 30
 PAPER_EPOCHS = 12  # of 29 iterations of 20 slices
 WITHOUT = {
     "clipping": {"train#handlers#2#max_norm": 1e9},
@@ -84,12 +85,16 @@ def images() -> dict[str, Changes]:
 
 
 def networks() -> dict[str, Changes]:
-    """The recipe by each network, validated every five epochs."""
-    return {name: {"overlay": files, "val_interval": 5} for name, files in OVERLAYS.items()}
+    """The recipe by each network, UNets for as long as they improve; a validation in six epochs."""
+    runs: dict[str, Changes] = {}
+    for name, files in OVERLAYS.items():
+        epochs = EPOCHS if name == "MedNCA" else UNET_EPOCHS
+        runs[name] = {"overlay": files, "val_interval": 6, "max_epochs": epochs}
+    return runs
 
 
 def causes() -> dict[str, Changes]:
-    """14 epochs without varied iterations, and what more a change brings."""
+    """14 epochs on small patches without varied iterations, and what changes bring."""
     half, all_cells = {"network_def#fire_rate": 0.5}, {"network_def#fire_rate": 1.0}
     longer = {"network_def#steps": 24}
     runs: dict[str, Changes] = {
@@ -102,7 +107,7 @@ def causes() -> dict[str, Changes]:
         "fire rate 1, 24 + 24 steps": all_cells | longer,
         "fire rate 0.9, patches of 28 x 38 x 28": {"roi_size": [28, 38, 28]},
     }
-    short = {"max_epochs": 14, "train#handlers#4#last_epochs": 0}
+    short = {"max_epochs": 14, "train#handlers#4#last_epochs": 0, "roi_size": [20, 24, 20]}
     return {name: short | changes for name, changes in runs.items()}
 
 
