@@ -3,8 +3,9 @@
 - seeds: ten of the recipe, shortened to a third;
 - folds: five-fold cross-validation;
 - images: 5, 20 and 100 % of the training volumes, as many iterations, and `BasicUNet` on the same;
-- networks: the recipe by each network;
-- causes: 14 epochs without varied iterations, with other fire rates, steps, scales and patches;
+- networks: the recipe by each network, UNets for 30 epochs;
+- causes: 14 epochs on small patches without varied iterations, other fire rates, steps, scales
+  and patches;
 - paper: the paper's network and optimizer on slices, five seeds with all safeguards, then without
   each and without any.
 
@@ -34,7 +35,7 @@ from mednca_monai.data import case_name, load_datalist
 SPLIT = json.loads((BUNDLE / "configs" / "split.json").read_text())
 CONFIG = json.loads((BUNDLE / "configs" / "train.json").read_text())
 EPOCHS, BATCH = CONFIG["max_epochs"], CONFIG["volumes_per_batch"]
-UNET_EPOCHS = 30
+UNET_EPOCHS = 30  # after 25 `BasicUNet` no longer improves
 PAPER_EPOCHS = 12  # of 29 iterations of 20 slices
 WITHOUT = {
     "clipping": {"train#handlers#2#max_norm": 1e9},
@@ -85,7 +86,7 @@ def images() -> dict[str, Changes]:
 
 
 def networks() -> dict[str, Changes]:
-    """The recipe by each network, UNets for as long as they improve; a validation in six epochs."""
+    """The recipe by each network, UNets for as long as they improve, validated every six epochs."""
     runs: dict[str, Changes] = {}
     for name, files in OVERLAYS.items():
         epochs = EPOCHS if name == "MedNCA" else UNET_EPOCHS

@@ -243,9 +243,11 @@ class CellularAutomaton(nn.Module):
     def gathers(self, x: Tensor) -> bool:
         """Whether to gather the firing cells, which a GPU or a normalisation would not like.
 
-        In 3-D the products of gathered cells are faster than convolutions, though all cells fire.
+        In 3-D the products of gathered cells are faster than dense convolutions, even where all
+        cells fire.
         """
-        pays = self.spatial_dims == 3 or self.threshold < 0.75 * 2**32
+        slow = self.spatial_dims == 3 and self.is_dense and not has_matrix_units(x.dtype)
+        pays = slow or self.threshold < 0.75 * 2**32
         on_cpu = x.device.type == "cpu"
         return pays and on_cpu and not self.is_strided and not self.is_normed and not is_traced()
 

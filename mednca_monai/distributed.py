@@ -50,8 +50,11 @@ def leave() -> None:
     The threads of gloo may still have to release tensors, for which they need Python's lock. If
     the group were destroyed while Python holds it, as when a ``DistributedDataParallel`` is, both
     would wait for ever; if Python were gone, they would abort the process. Hence the group is kept
-    and is the last to go: its own destructor waits for the threads without the lock.
+    until what else refers to it is gone: its own destructor waits for the threads without the lock.
+
+    Raises:
+        AssertionError: where there is no group.
     """
     group = distributed.group.WORLD
     distributed.destroy_process_group()
-    atexit.register(lambda _: gc.collect(), group)
+    atexit.register(lambda group: gc.collect(), group)  # the argument keeps it

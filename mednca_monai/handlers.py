@@ -62,9 +62,9 @@ class VariedIterations:
         network: that is trained.
         patches: inferer and batch preparation of the trainer, whose ``roi_size`` varies.
         variants: of an iteration, each with a ``weight`` (how likely it is, at least 0), ``steps``
-            (factor of ``network.steps``, above 0) and a ``roi_size``. The factor grows from 1 to
-            ``steps`` in the first half of these epochs: many more steps at once would let the
-            states grow.
+            (factor of ``network.steps``, above 0) and a ``roi_size``. The factor grows from
+            epoch to epoch and is ``steps`` from the middle of these epochs on: many more steps at
+            once would let the states grow.
         last_epochs: so many (at least 0) at the end of each run of the trainer draw.
 
     Raises:
@@ -105,7 +105,7 @@ class VariedIterations:
     def draw(self, engine: Engine) -> None:
         """Take a variant for this iteration."""
         left = (engine.state.max_epochs or 0) - engine.state.epoch
-        if left >= self.last_epochs:
+        if not 0 <= left < self.last_epochs:
             return
         generator = torch.Generator().manual_seed(engine.state.iteration)
         drawn = int(torch.multinomial(self.weights, 1, generator=generator))

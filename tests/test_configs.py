@@ -163,17 +163,19 @@ def test_the_benchmarks_unet_leaves_out_what_is_for_cell_automata():
 
 
 @pytest.mark.parametrize(
-    ("crop_size", "roi_size", "expected"),
+    ("crop_size", "roi_size", "larger", "smaller"),
     [
-        ([36, 52, 36], [20, 24, 20], [28, 38, 28]),
-        (40, 20, [30, 30, 30]),
-        (-1, [20, 24, 20], [20, 24, 20]),  # the whole image, of any size
+        ([36, 52, 36], [28, 38, 28], [32, 45, 32], [19, 26, 19]),
+        (40, 20, [30, 30, 30], [14, 14, 14]),
+        (1, 1, [1, 1, 1], [1, 1, 1]),
+        (-1, [20, 24, 20], [20, 24, 20], [14, 16, 14]),  # the whole image, of any size
     ],
 )
-def test_the_larger_patches_lie_between_patch_and_crop(crop_size, roi_size, expected):
+def test_patches_of_variants_are_larger_or_take_more_steps(crop_size, roi_size, larger, smaller):
     parser = parse("train.json", crop_size=crop_size, roi_size=roi_size)
-    assert parser["train#handlers#4#variants#0#steps"] == 1
-    assert parser.get_parsed_content("train#handlers#4#variants#0#roi_size") == expected
+    variants = parser.get_parsed_content("train#handlers#4#variants")
+    found = [(variant["steps"], variant["roi_size"]) for variant in variants]
+    assert found == [(1, larger), (2, smaller), (4, smaller)]
 
 
 @pytest.mark.parametrize("names", [["unet"], ["unet", "basic_unet"], ["unet", "dyn_unet"]])

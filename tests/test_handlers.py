@@ -403,6 +403,14 @@ def test_variants_are_drawn_in_the_last_epochs(last_epochs):
     assert {i for i, found in seen.items() if found == ((8, 6), 9, (9, 9))} == {*range(1, first)}
 
 
+def test_a_run_of_unknown_length_never_draws():
+    network, seen = MedNCA(2, 1, 1, steps=8), []
+    engine = Engine(lambda engine, batch: seen.append(network.levels[0].steps))
+    VariedIterations(network, [], [variant(1, 2)], last_epochs=3).attach(engine)
+    engine.run([0], max_iters=2)
+    assert seen == [8, 8]
+
+
 def test_steps_grow_in_the_first_half_of_the_last_epochs():
     seen = varied_training([variant(1, 3)], last_epochs=4)
     steps = [seen[ITERATIONS * epoch][0] for epoch in range(1, 11)]

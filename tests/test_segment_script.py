@@ -32,7 +32,7 @@ def make_network(**settings):
     torch.manual_seed(0)
     network = MedNCA(3, 1, 3, **settings).eval()
     for level in network.levels:
-        torch.nn.init.normal_(level.update.weight, std=0.1)
+        torch.nn.init.normal_(level.update.weight, std=0.02)
     return network
 
 
