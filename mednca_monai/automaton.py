@@ -122,7 +122,8 @@ class CellularAutomaton(nn.Module):
         self.folds = self.is_dense and cost <= FOLD
         # sublattices are strided convolutions, without masks
         self.is_strided = self.is_dense and norm is None and firing == "sublattices"
-        at_once = 2**spatial_dims if self.is_strided else 2  # one of so many cells of a block
+        # one of so many cells of a block is computed at a time, at a fire rate of one half
+        at_once = 2**spatial_dims if self.is_strided else 2
         self.block_cells = at_once * max(HIDDEN // hidden_size, 1)
         self.block_cells_on_gpu = at_once * max(HIDDEN_ON_GPU // hidden_size, 1)
         convolution = Conv[Conv.CONV, spatial_dims]
@@ -143,6 +144,12 @@ class CellularAutomaton(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """Convolve ``(B, C, *spatial)`` without padding, in 2-D or 3-D."""
+        if has_matrix_units(x.dtype) and weight[0, 0].numel() == 1:
+            # a product, as oneDNN's gradients of such convolutions are wrong for some sizes
+            rows = lattice(x, [0] * self.spatial_dims, stride).movedim(1, -1)
+            y = nn.functional.linear(rows.flatten(0, -2), weight.flatten(1), bias)
+            shape = list(rows.shape[:-1]) + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
+            return y.view(shape).movedim(-1, 1)
         if self.spatial_dims == 2:
             return nn.functional.conv2d(x, weight, bias, stride)
         return nn.functional.conv3d(x, weight, bias, stride)
@@ -213,7 +220,9 @@ class CellularAutomaton(nn.Module):
             around = self.perceive(window, kernel, stride)
             cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
             x = self.convolve(self.channels_last(torch.cat([cells, around], 1)), rule[3], bias)
-        change = self.convolve(self.norm(x).relu_(), update, None)
+        x = self.norm(x)
+        x = x.relu() if has_matrix_units(x.dtype) else x.relu_()  # a view would be copied
+        change = self.convolve(x, update, None)
         return change * fires if fires.numel() > 0 else change
 
     def change_of_cells(
