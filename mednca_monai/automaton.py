@@ -36,6 +36,7 @@ HIDDEN = 2**19  # numbers in a hidden layer at a time: near a processor's cache,
 HIDDEN_ON_GPU = 2**25
 # up to which operations of one product, as a part of those of two, it takes no longer (on a CPU)
 FOLD_GATHERED, FOLD = 1.0, 1.5
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # asked once, as compilers refuse to trace it
 
 
 class Firing(NamedTuple):
@@ -415,7 +416,7 @@ def has_matrix_units(dtype: torch.dtype) -> bool:
     """Whether all cells take the processor less time than gathering half, as with Intel's AMX."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return False
-    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return dtype == torch.bfloat16 and HAS_AMX
 
 
 def is_traced() -> bool:

@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.utils import set_determinism
 from torch.testing import assert_close
 
-from mednca_monai import MedNCA
+from mednca_monai import MedNCA, automaton
 from mednca_monai.network import Region, crop, reduce
 
 
@@ -274,7 +274,7 @@ def test_other_precisions_are_close_to_double(
 def test_bfloat16_autocast_trains_and_is_close_to_double(
     make_network, spatial_dims, size, settings, monkeypatch, matrix_units
 ):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    monkeypatch.setattr(automaton, "HAS_AMX", matrix_units)
     network, image = make_network(spatial_dims, **settings, segment_steps=2), make_image(size)
     expected = network(image)
     network.float()
@@ -285,6 +285,20 @@ def test_bfloat16_autocast_trains_and_is_close_to_double(
     assert (logits.double() - expected).abs().max() < 5e-2 * max(1, expected.abs().max())
     logits.square().sum().backward()
     assert all(weight.grad.isfinite().all() for weight in network.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("matrix_units", [False, True])
+def test_a_compiler_takes_the_whole_network(
+    make_network, spatial_dims, monkeypatch, dtype, tolerance, matrix_units
+):
+    monkeypatch.setattr(automaton, "HAS_AMX", matrix_units)
+    network = make_network(spatial_dims, hidden_size=64, steps=1).to(dtype)
+    image = make_image([9] * spatial_dims).to(dtype)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        logits, expected = compiled(image), network(image)
+    assert_close(logits, expected, rtol=0, atol=tolerance * max(1, float(expected.abs().max())))
 
 
 def test_a_meta_tensor_keeps_its_meta_and_is_a_plain_tensor_inside(make_network, spatial_dims):
