@@ -148,9 +148,7 @@ class CellularAutomaton(nn.Module):
         if has_matrix_units(x.dtype) and weight[0, 0].numel() == 1:
             # a product, as oneDNN's gradients of such convolutions are wrong for some sizes
             rows = lattice(x, [0] * self.spatial_dims, stride).movedim(1, -1)
-            y = nn.functional.linear(rows.flatten(0, -2), weight.flatten(1), bias)
-            shape = list(rows.shape[:-1]) + [weight.shape[0]]  # noqa: RUF005 (TorchScript)
-            return y.view(shape).movedim(-1, 1)
+            return nn.functional.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
         if self.spatial_dims == 2:
             return nn.functional.conv2d(x, weight, bias, stride)
         return nn.functional.conv3d(x, weight, bias, stride)
@@ -222,7 +220,7 @@ class CellularAutomaton(nn.Module):
             cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
             x = self.convolve(self.channels_last(torch.cat([cells, around], 1)), rule[3], bias)
         x = self.norm(x)
-        x = x.relu() if has_matrix_units(x.dtype) else x.relu_()  # a view would be copied
+        x = x.relu() if has_matrix_units(x.dtype) else x.relu_()  # autograd copies a view
         change = self.convolve(x, update, None)
         return change * fires if fires.numel() > 0 else change
 
@@ -413,7 +411,7 @@ def fill_up(cells: Tensor) -> Tensor:
 
 
 def has_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether all cells take the processor less time than gathering half, as with Intel's AMX."""
+    """Whether the processor has some, as Intel's AMX: computing all cells beats gathering half."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return False
     return dtype == torch.bfloat16 and HAS_AMX
