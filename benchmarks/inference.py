@@ -7,6 +7,7 @@ Run: python benchmarks/inference.py
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import BUNDLE, FOLDER, OVERLAYS, alone, interleaved, peak, resident
@@ -16,12 +17,14 @@ SIZES = [(36, 52, 36), (64, 64, 64), (128, 128, 128)]
 REPEATS = 5
 
 
-def measure(name: str, size: tuple[int, ...]) -> tuple[int, float, float, float]:
+def measure(
+    overlays: list[str], changes: dict[str, Any], size: tuple[int, ...]
+) -> tuple[int, float, float, float]:
     """Parameters, kB on disk, median seconds of a volume, and MiB that the first one adds."""
     parser = ConfigParser()
-    overlays = [str(FOLDER / overlay) for overlay in OVERLAYS[name]]
-    parser.read_config([str(BUNDLE / "configs" / "train.json"), *overlays])
-    parser["bundle_root"] = str(BUNDLE)
+    files = [BUNDLE / "configs" / "train.json", *(FOLDER / overlay for overlay in overlays)]
+    parser.read_config([str(file) for file in files])
+    parser.update({"bundle_root": str(BUNDLE)} | changes)
     network = parser.get_parsed_content("network_def").eval()
     inferer = parser.get_parsed_content("validate#inferer")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,9 +45,9 @@ if __name__ == "__main__":
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print("| network | parameters | kB | volume | seconds | MiB |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name in OVERLAYS:
+    for name, overlays in OVERLAYS.items():
         for size in SIZES:
-            count, kilobytes, seconds, memory = alone(measure, name, size)
+            count, kilobytes, seconds, memory = alone(measure, overlays, {}, size)
             volume = " x ".join(map(str, size))
             row = f"{name} | {count:,} | {kilobytes:,.0f} | {volume} | {seconds:.3f} | {memory:.0f}"
             print(f"| {row} |", flush=True)

@@ -2,8 +2,10 @@
 
 - seeds: ten of the recipe, shortened to a third;
 - folds: five-fold cross-validation;
-- images: 5, 20 and 100 % of the training volumes, as many iterations, and `BasicUNet` on the same;
+- images: 5, 20 and 100 % of the training volumes, all for a third of the recipe's iterations, and
+  `BasicUNet` on the same;
 - networks: the recipe by each network, UNets for 30 epochs;
+- front: other channels, hidden sizes, steps and levels, a third of the recipe's length;
 - causes: 14 epochs on small patches without varied iterations, other fire rates, steps, scales
   and patches;
 - paper: the paper's network and optimizer on slices, five seeds with all safeguards, then without
@@ -13,7 +15,7 @@ Two run at a time on one thread each, by `training.py`; the scores are those of 
 ± standard deviation over volumes. Called again, it goes on where it was interrupted and repeats
 nothing: after a change of the recipe choose another folder.
 
-Run: python benchmarks/runs.py seeds|folds|images|networks|causes|paper dataset_dir output_dir
+Run: python benchmarks/runs.py seeds|folds|images|networks|front|causes|paper dataset_dir output_dir
 """
 
 import argparse
@@ -69,10 +71,10 @@ def folds() -> dict[str, Changes]:
 
 
 def images() -> dict[str, Changes]:
-    """The recipe with fewer training volumes, each part in the next, and as many iterations."""
+    """Fewer training volumes, each part in the next, and as many iterations (a third)."""
     runs: dict[str, Changes] = {}
     shuffled = np.random.default_rng(0).permutation(SPLIT["training"]).tolist()
-    iterations = EPOCHS * math.ceil(len(shuffled) / BATCH)
+    iterations = EPOCHS // 3 * math.ceil(len(shuffled) / BATCH)
     for network in ("MedNCA", "BasicUNet"):
         for percent in (5, 20, 100):
             training = sorted(shuffled[: round(len(shuffled) * percent / 100)])
@@ -91,6 +93,27 @@ def networks() -> dict[str, Changes]:
     for name, files in OVERLAYS.items():
         epochs = EPOCHS if name == "MedNCA" else UNET_EPOCHS
         runs[name] = {"overlay": files, "val_interval": 6, "max_epochs": epochs}
+    return runs
+
+
+def front() -> dict[str, Changes]:
+    """Other sizes of the network, shortened to a third."""
+    sizes = {
+        "12 / 96, 16 + 16": {},
+        "8 / 64, 16 + 16": {"num_channels": 8, "hidden_size": 64},
+        "16 / 128, 16 + 16": {"num_channels": 16, "hidden_size": 128},
+        "12 / 96, 8 + 8": {"steps": 8},
+        "12 / 96, 24 + 24": {"steps": 24},
+        "12 / 96, 16 + 12 + 8": {
+            "num_levels": 3,
+            "scale_factor": 2,
+            "steps": [16, 12, 8],
+        },
+    }  # channels / hidden, steps from coarse to fine
+    runs: dict[str, Changes] = {}
+    for name, size in sizes.items():
+        changes = {f"network_def#{key}": value for key, value in size.items()}
+        runs[name] = {"max_epochs": EPOCHS // 3, **changes}
     return runs
 
 
@@ -124,7 +147,8 @@ def paper() -> dict[str, Changes]:
 
 
 KINDS = {
-    function.__name__: function for function in (seeds, folds, images, networks, causes, paper)
+    function.__name__: function
+    for function in (seeds, folds, images, networks, front, causes, paper)
 }
 
 

@@ -7,6 +7,13 @@ from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
 from torch import Tensor, nn
 
+from mednca_monai.convolution import (
+    dense_convolution,
+    dense_layer,
+    depthwise_convolution,
+    gathered_convolution,
+    is_traced,
+)
 from mednca_monai.firing import (
     drawn_sublattices,
     independent_fires,
@@ -27,7 +34,6 @@ from mednca_monai.grid import (
     reflect_pad,
     unreflect,
 )
-from mednca_monai.perception import depthwise_convolution, gathered_convolution
 
 # glibc gives memory back to the system by the size of the largest block that was ever freed; after
 # this one (31 MiB, never touched) a step's temporaries are reused instead of mapped again each time
@@ -145,13 +151,11 @@ class CellularAutomaton(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """Convolve ``(B, C, *spatial)`` without padding, in 2-D or 3-D."""
-        if has_matrix_units(x.dtype) and weight[0, 0].numel() == 1:
+        if x.dtype == torch.bfloat16 and weight[0, 0].numel() == 1:
             # a product, as oneDNN's gradients of such convolutions are wrong for some sizes
             rows = lattice(x, [0] * self.spatial_dims, stride).movedim(1, -1)
             return nn.functional.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
-        if self.spatial_dims == 2:
-            return nn.functional.conv2d(x, weight, bias, stride)
-        return nn.functional.conv3d(x, weight, bias, stride)
+        return dense_convolution(x, weight, bias, stride)
 
     def channels_last(self, x: Tensor) -> Tensor:
         """``(B, C, *spatial)`` with the channels last in memory, faster on CPU and GPU."""
@@ -219,10 +223,8 @@ class CellularAutomaton(nn.Module):
             around = self.perceive(window, kernel, stride)
             cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
             x = self.convolve(self.channels_last(torch.cat([cells, around], 1)), rule[3], bias)
-        x = self.norm(x)
-        x = x.relu() if has_matrix_units(x.dtype) else x.relu_()  # autograd copies a view
-        change = self.convolve(x, update, None)
-        return change * fires if fires.numel() > 0 else change
+        change = self.convolve(rectified(self.norm(x)), update, None)
+        return change * fires.to(change.dtype) if fires.numel() > 0 else change
 
     def change_of_cells(
         self, window: Tensor, kernel: Tensor, rule: list[Tensor], fires: Tensor
@@ -232,7 +234,7 @@ class CellularAutomaton(nn.Module):
         cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
         count, cells = len(cells), fill_up(cells)
         states = window.movedim(1, -1).flatten(0, -2)
-        if self.is_dense and not has_matrix_units(window.dtype):
+        if self.is_dense and self.spatial_dims == 2 and not has_matrix_units(window.dtype):
             x = gathered_convolution(window, kernel, cells, count)
         else:
             x = self.perceive(window, kernel, 1).movedim(1, -1).flatten(0, -2)
@@ -241,21 +243,16 @@ class CellularAutomaton(nn.Module):
             x = x + rule[0].to(x.dtype)
         else:
             x = torch.cat([states.index_select(0, cells), x], 1)
-            x = torch.addmm(rule[0], x, rule[3].flatten(1).t())
-        changes = torch.mm(x.relu_(), rule[1].flatten(1).t())[:count]
+            x = dense_layer(x, rule[3].flatten(1), rule[0])
+        changes = dense_layer(rectified(x), rule[1].flatten(1), None)[:count]
         change = changes.new_zeros([len(states), len(rule[1])])
         change = change.index_copy_(0, cells[:count], changes)
         shape = [window.shape[0]] + list(window.shape[2:]) + [self.num_channels]  # noqa: RUF005 (TorchScript)
         return interior(change.view(shape).movedim(-1, 1), self.radius)
 
     def gathers(self, x: Tensor) -> bool:
-        """Whether to gather the firing cells, which a GPU or a normalisation would not like.
-
-        In 3-D the products of gathered cells are faster than dense convolutions, even where all
-        cells fire.
-        """
-        slow = self.spatial_dims == 3 and self.is_dense and not has_matrix_units(x.dtype)
-        pays = slow or self.threshold < 0.75 * 2**32
+        """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
+        pays = self.threshold < 0.75 * 2**32
         on_cpu = x.device.type == "cpu"
         return pays and on_cpu and not self.is_strided and not self.is_normed and not is_traced()
 
@@ -410,18 +407,16 @@ def fill_up(cells: Tensor) -> Tensor:
     return torch.cat([cells, cells[:1].expand(-len(cells) % 64)])
 
 
+def rectified(x: Tensor) -> Tensor:
+    """Negative numbers to zero, in place where that is no burden to autograd."""
+    return x.relu() if torch.is_grad_enabled() else x.relu_()
+
+
 def has_matrix_units(dtype: torch.dtype) -> bool:
     """Whether the processor has some, as Intel's AMX: computing all cells beats gathering half."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return False
     return dtype == torch.bfloat16 and HAS_AMX
-
-
-def is_traced() -> bool:
-    """Whether a compiler or an exporter watches, which needs a plain graph."""
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return False
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""Accuracy against cost: Dice against time and parameters, of our settings and of UNets.
+
+Dice of the whole hippocampus is what `runs.py front` and `runs.py networks` have left in
+``output_dir``; the time is that of a volume of the data's size, each network in a fresh process.
+Settings are named by channels / hidden size, steps from coarse to fine.
+
+Run: python benchmarks/front.py output_dir [picture.png]
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from inference import SIZES, measure
+from measure import alone
+from runs import front, networks
+
+mpl.use("Agg")
+
+
+def draw(found: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
+    """Save a picture of Dice against seconds and against parameters."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axis, column, title in zip(axes, (1, 2), ("seconds", "parameters"), strict=True):
+        for kind, points in found.items():
+            dice, costs = ([point[i] for point in points.values()] for i in (0, column))
+            axis.semilogx(costs, dice, "o", label=kind)
+            for name, cost, value in zip(points, costs, dice, strict=True):
+                place = {"xytext": (4, 4), "textcoords": "offset points"}
+                axis.annotate(name, (cost, value), fontsize=7, **place)
+        axis.set(xlabel=title)
+        axis.margins(x=0.3)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="Dice, whole hippocampus")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    print("| network | parameters | seconds | whole | anterior | posterior |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for kind in (front, networks):
+        found[kind.__name__] = {}
+        for name, changes in kind().items():
+            path = Path(sys.argv[1]) / kind.__name__ / name / "cases.csv"
+            anterior, posterior, whole = np.nanmean(np.loadtxt(path, delimiter=",", ndmin=2), 0)
+            overlays = changes.pop("overlay", [])
+            count, _, seconds, _ = alone(measure, overlays, changes, SIZES[0])
+            found[kind.__name__][name] = (whole, seconds, count)
+            scores = f"{whole:.4f} | {anterior:.4f} | {posterior:.4f}"
+            print(f"| {name} | {count:,} | {seconds:.3f} | {scores} |", flush=True)
+    draw(found, sys.argv[2] if len(sys.argv) > 2 else "front.png")
