@@ -2,7 +2,8 @@
 
 Dice of the whole hippocampus is what `runs.py front` and `runs.py networks` have left in
 ``output_dir``; the time is that of a volume of the data's size, each network in a fresh process.
-Settings are named by channels / hidden size, steps from coarse to fine.
+Settings are named by channels and hidden size, and by steps from coarse to fine; they were trained
+for a third of the recipe.
 
 Run: python benchmarks/front.py output_dir [picture.png]
 """
@@ -43,13 +44,14 @@ if __name__ == "__main__":
     print("| --- | --- | --- | --- | --- | --- |")
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for kind in (front, networks):
-        found[kind.__name__] = {}
         for name, changes in kind().items():
             path = Path(sys.argv[1]) / kind.__name__ / name / "cases.csv"
             anterior, posterior, whole = np.nanmean(np.loadtxt(path, delimiter=",", ndmin=2), 0)
             overlays = changes.pop("overlay", [])
             count, _, seconds, _ = alone(measure, overlays, changes, SIZES[0])
-            found[kind.__name__][name] = (whole, seconds, count)
+            label = "a third of the recipe" if kind is front else "the recipe"
+            label = label if kind is front or name == "MedNCA" else "UNets"
+            found.setdefault(label, {})[name] = (whole, seconds, count)
             scores = f"{whole:.4f} | {anterior:.4f} | {posterior:.4f}"
             print(f"| {name} | {count:,} | {seconds:.3f} | {scores} |", flush=True)
     draw(found, sys.argv[2] if len(sys.argv) > 2 else "front.png")

@@ -99,17 +99,13 @@ def networks() -> dict[str, Changes]:
 def front() -> dict[str, Changes]:
     """Other sizes of the network, shortened to a third."""
     sizes = {
-        "12 / 96, 16 + 16": {},
-        "8 / 64, 16 + 16": {"num_channels": 8, "hidden_size": 64},
-        "16 / 128, 16 + 16": {"num_channels": 16, "hidden_size": 128},
-        "12 / 96, 8 + 8": {"steps": 8},
-        "12 / 96, 24 + 24": {"steps": 24},
-        "12 / 96, 16 + 12 + 8": {
-            "num_levels": 3,
-            "scale_factor": 2,
-            "steps": [16, 12, 8],
-        },
-    }  # channels / hidden, steps from coarse to fine
+        "12 and 96, 16 + 16": {},
+        "8 and 64, 16 + 16": {"num_channels": 8, "hidden_size": 64},
+        "16 and 128, 16 + 16": {"num_channels": 16, "hidden_size": 128},
+        "12 and 96, 8 + 8": {"steps": 8},
+        "12 and 96, 24 + 24": {"steps": 24},
+        "12 and 96, 16 + 12 + 8": {"num_levels": 3, "scale_factor": 2, "steps": [16, 12, 8]},
+    }  # channels and hidden size, steps from coarse to fine
     runs: dict[str, Changes] = {}
     for name, size in sizes.items():
         changes = {f"network_def#{key}": value for key, value in size.items()}

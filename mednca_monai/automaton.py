@@ -12,6 +12,7 @@ from mednca_monai.convolution import (
     dense_layer,
     depthwise_convolution,
     gathered_convolution,
+    is_fast_in_onednn,
     is_traced,
 )
 from mednca_monai.firing import (
@@ -151,7 +152,8 @@ class CellularAutomaton(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """Convolve ``(B, C, *spatial)`` without padding, in 2-D or 3-D."""
-        if x.dtype == torch.bfloat16 and weight[0, 0].numel() == 1:
+        in_bfloat16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if in_bfloat16 and weight[0, 0].numel() == 1:
             # a product, as oneDNN's gradients of such convolutions are wrong for some sizes
             rows = lattice(x, [0] * self.spatial_dims, stride).movedim(1, -1)
             return nn.functional.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
@@ -223,7 +225,9 @@ class CellularAutomaton(nn.Module):
             around = self.perceive(window, kernel, stride)
             cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
             x = self.convolve(self.channels_last(torch.cat([cells, around], 1)), rule[3], bias)
-        change = self.convolve(rectified(self.norm(x)), update, None)
+        x = rectified(self.norm(x))
+        change = self.convolve(x, update, None)
+        # booleans are slow factors of bfloat16
         return change * fires.to(change.dtype) if fires.numel() > 0 else change
 
     def change_of_cells(
@@ -234,7 +238,7 @@ class CellularAutomaton(nn.Module):
         cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
         count, cells = len(cells), fill_up(cells)
         states = window.movedim(1, -1).flatten(0, -2)
-        if self.is_dense and self.spatial_dims == 2 and not has_matrix_units(window.dtype):
+        if self.is_dense and not self.perceives_all(window):
             x = gathered_convolution(window, kernel, cells, count)
         else:
             x = self.perceive(window, kernel, 1).movedim(1, -1).flatten(0, -2)
@@ -252,9 +256,16 @@ class CellularAutomaton(nn.Module):
 
     def gathers(self, x: Tensor) -> bool:
         """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
-        pays = self.threshold < 0.75 * 2**32
+        slow = self.spatial_dims == 3 and self.is_dense and not self.perceives_all(x)
+        pays = slow or self.threshold < 0.75 * 2**32
         on_cpu = x.device.type == "cpu"
         return pays and on_cpu and not self.is_strided and not self.is_normed and not is_traced()
+
+    def perceives_all(self, x: Tensor) -> bool:
+        """Whether dense perception of all cells takes no longer than that of gathered ones."""
+        if self.spatial_dims == 2:
+            return has_matrix_units(x.dtype)
+        return x.dtype == torch.bfloat16 or is_fast_in_onednn(x, self.hidden.weight)
 
     def fires(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
         """Cells of a block that fire in a step, ``(B, 1, *size)``; empty if sublattices do."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ON_X86 = platform.machine() in ("x86_64", "AMD64")
+ON_X86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere oneDNN may have no fast 3-D
 FEW = 2**22  # multiplications in a product, up to which a call of oneDNN takes longer than MKL's
 
 
@@ -46,7 +46,7 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore
 
 
-def is_fast_in_onednn(x: Tensor) -> bool:
+def is_fast_in_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether to call oneDNN itself: for small images PyTorch takes slower ways."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return False
@@ -54,16 +54,16 @@ def is_fast_in_onednn(x: Tensor) -> bool:
         return False
     mkldnn = torch.backends.mkldnn
     available = mkldnn.is_available() and bool(mkldnn.enabled)  # type: ignore[no-untyped-call]
-    return available and x.device.type == "cpu" and x.dtype == torch.float32
+    return available and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
 
 
-def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """Dense convolution of ``(B, C, *spatial)``, padded with zeros; channels last in memory."""
+def padded_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """Dense convolution of ``(B, C, *spatial)``, padded with zeros."""
     dims = x.dim() - 2
     weight = weight.contiguous(
         memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d
     )
-    if is_fast_in_onednn(x):
+    if is_fast_in_onednn(x, weight):
         one = [1] * dims
         return torch.mkldnn_convolution(x, weight, bias, [padding] * dims, one, one, 1)
     function = nn.functional.conv2d if dims == 2 else nn.functional.conv3d
@@ -71,22 +71,22 @@ def plain_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: i
 
 
 def turned(weight: Tensor) -> Tensor:
-    """Kernel, ``(in, out, *kernel)``, of the gradient of what ``(out, in, *kernel)`` convolves."""
+    """Kernel that convolves an output's gradient to the input's: axes swapped, sides flipped."""
     return weight.transpose(0, 1).flip(*range(2, weight.dim()))
 
 
 class DenseConvolution(torch.autograd.Function):
-    """Dense convolution without padding; the gradient of its input is one as well.
+    """Dense convolution without padding, all sides of the kernel the same odd number.
 
-    That of the kernel is a product with the neighbourhoods of all cells.
+    The gradient of the input is such a convolution as well, that of the kernel a product with the
+    neighbourhoods of all cells: PyTorch's own take the slower ways again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve ``(B, C, *spatial)``."""
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return plain_convolution(x, weight, bias, 0)
+        return padded_convolution(x, weight, bias, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,27 +94,28 @@ class DenseConvolution(torch.autograd.Function):
         """Gradients of input, kernel and bias."""
         x, weight = ctx.saved_tensors
         out, channels, *kernel = weight.shape
-        of_x = plain_convolution(gradient, turned(weight), None, padding=kernel[0] - 1)
+        of_x = padded_convolution(gradient, turned(weight), None, kernel[0] - 1)
         gradient, rows = gradient.movedim(1, -1).reshape(-1, out), x
         for axis, width in enumerate(kernel, 2):
             rows = rows.unfold(axis, width, 1)
         rows = rows.movedim(1, -1).reshape(len(gradient), -1)
         of_weight = (gradient.t() @ rows).view(out, *kernel, channels).movedim(-1, 1)
-        return of_x, of_weight, gradient.sum(0) if ctx.has_bias else None
+        return of_x, of_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
 
 
 @torch.jit.unused
 def fast_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`DenseConvolution`, hidden from TorchScript."""
-    if not torch.is_grad_enabled():
-        return plain_convolution(x, weight, bias, 0)
     result: Tensor = DenseConvolution.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
 
 
 def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Convolve ``(B, C, *spatial)`` with ``(out, C, *kernel)``, without padding, in 2-D or 3-D."""
-    if stride == 1 and is_fast_in_onednn(x):
+    """Convolve ``(B, C, *spatial)`` with ``(out, C, *kernel)``, without padding, in 2-D or 3-D.
+
+    All sides of the kernel are the same odd number.
+    """
+    if stride == 1 and is_fast_in_onednn(x, weight):
         return fast_dense(x, weight, bias)
     if x.dim() == 4:
         return nn.functional.conv2d(x, weight, bias, stride)
@@ -124,13 +125,13 @@ def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
 def dense_layer(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply ``(N, in)`` with the transpose of ``(out, in)``.
 
-    As a convolution by oneDNN it takes half the time of a product by MKL on AMD's processors.
+    Large products are convolutions by oneDNN: on AMD's processors MKL takes twice the time.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return nn.functional.linear(rows, weight, bias)
-    if rows.numel() * weight.shape[0] > FEW and is_fast_in_onednn(rows):
+    if rows.numel() * weight.shape[0] > FEW and is_fast_in_onednn(rows, weight):
         image = rows[None, None].movedim(-1, 1)  # a line of N cells
-        return fast_dense(image, weight[:, :, None, None], bias)[0, :, 0].t()
+        return fast_dense(image, weight[:, :, None, None], bias).squeeze((0, 2)).t()
     return nn.functional.linear(rows, weight, bias)
 
 
@@ -159,7 +160,7 @@ class GatheredConvolution(torch.autograd.Function):
         batch, _, *size = ctx.shape
         grid = gradient.new_zeros(batch, *size, out)
         grid.view(-1, out).index_copy_(0, cells, gradient[: len(cells)])
-        of_window = plain_convolution(grid.movedim(-1, 1), turned(weight), None, kernel[0] // 2)
+        of_window = padded_convolution(grid.movedim(-1, 1), turned(weight), None, kernel[0] // 2)
         return of_window, of_weight, None, None
 
 

@@ -198,6 +198,24 @@ def test_single_precision_stays_close_over_many_steps(spatial_dims, firing, monk
     assert_close(fast, plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("fire_rate", [0.6, 0.9])
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if "norm" not in rule])
+def test_gradients_in_single_precision_are_those_in_double(
+    spatial_dims, rule, size, fire_rate, onednn, monkeypatch
+):
+    monkeypatch.setattr("mednca_monai.convolution.FEW", 0)
+    monkeypatch.setattr("mednca_monai.convolution.ON_X86", onednn)
+    automaton = make_automaton(spatial_dims, fire_rate=fire_rate, **rule)
+    state, start = make_state(size), torch.zeros(1, spatial_dims, dtype=torch.int64)
+    weight, seed = torch.randn_like(state[:, 2:]), torch.tensor([7, 8])
+    expected = gradients(automaton, state, seed, start, weight)
+    found = gradients(automaton.float(), state.float(), seed, start, weight.float())
+    for one, other in zip(found, expected, strict=True):
+        limit = 1e-5 * max(1, float(other.detach().abs().max()))
+        assert_close(one, other, rtol=0, atol=limit, check_dtype=False)
+
+
 @pytest.mark.parametrize("segment_steps", [1, 3, 10])
 def test_training_keeps_the_cells_of_every_segment_and_no_more(spatial_dims, segment_steps):
     automaton = make_automaton(spatial_dims, steps=10, segment_steps=segment_steps)

@@ -73,18 +73,17 @@ def test_dense_values_and_gradients_are_those_in_double_precision(
     found = dense_convolution(*inputs, *[None] * (not has_bias), stride)
     upstream = torch.randn_like(found)
     of_found = torch.autograd.grad(found, inputs, upstream)
-    with torch.no_grad():
-        assert dense_convolution(*inputs, *[None] * (not has_bias), stride).equal(found)
+    fast = type(found.grad_fn).__name__ == "DenseConvolutionBackward"
+    assert fast == (onednn and stride == 1)
     of_expected = torch.autograd.grad(expected, exact, upstream.double())
     for one, other in zip([found, *of_found], [expected, *of_expected], strict=True):
         assert_close(one, other, rtol=0, atol=1e-4, check_dtype=False)
 
 
-@pytest.mark.parametrize("few", [0, 2**22])
 @pytest.mark.parametrize("count", [1, 64, 200])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_dense_layer_and_its_gradients_are_those_of_a_product(count, has_bias, few, monkeypatch):
-    monkeypatch.setattr(convolution, "FEW", few)
+def test_a_dense_layer_and_its_gradients_are_those_of_a_product(count, has_bias, monkeypatch):
+    monkeypatch.setattr(convolution, "FEW", 0)
     inputs = [torch.randn(size, requires_grad=True) for size in ((count, 6), (9, 6), (9,))]
     inputs = inputs if has_bias else inputs[:2]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
