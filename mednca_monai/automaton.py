@@ -152,11 +152,13 @@ class CellularAutomaton(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
         """Convolve ``(B, C, *spatial)`` without padding, in 2-D or 3-D."""
-        in_bfloat16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if in_bfloat16 and weight[0, 0].numel() == 1:
+        is_single = weight[0, 0].numel() == 1
+        if is_single and stride > 1:  # the gradients of PyTorch's own write beyond their memory
+            x, stride = lattice(x, [0] * self.spatial_dims, stride), 1
+        if is_single and x.dtype == torch.bfloat16 and x.device.type == "cpu":
             # a product, as oneDNN's gradients of such convolutions are wrong for some sizes
-            rows = lattice(x, [0] * self.spatial_dims, stride).movedim(1, -1)
-            return nn.functional.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
+            rows = nn.functional.linear(x.movedim(1, -1), weight.flatten(1), bias)
+            return rows.movedim(-1, 1)
         return dense_convolution(x, weight, bias, stride)
 
     def channels_last(self, x: Tensor) -> Tensor:
