@@ -8,7 +8,7 @@ for a third of the recipe.
 Run: python benchmarks/front.py output_dir [picture.png]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from inference import SIZES, measure
 from measure import alone
-from runs import front, networks
+from runs import front, has_ended, networks
 
 mpl.use("Agg")
 
@@ -39,19 +39,31 @@ def draw(found: dict[str, dict[str, tuple[float, float, float]]], path: str) -> 
     figure.savefig(path, dpi=110)
 
 
-if __name__ == "__main__":
+def main(output_dir: str, picture: str) -> None:
+    """Print the table and draw it."""
+    runs = [(kind, name, changes) for kind in (front, networks) for name, changes in kind().items()]
+    folders = [Path(output_dir) / kind.__name__ / name for kind, name, _ in runs]
+    for folder, (_, _, changes) in zip(folders, runs, strict=True):
+        if not has_ended(folder, changes["max_epochs"]):
+            raise ValueError(f"`output_dir` must hold trainings that ended, got no '{folder}'.")
     print("| network | parameters | seconds | whole | anterior | posterior |")
     print("| --- | --- | --- | --- | --- | --- |")
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for kind in (front, networks):
-        for name, changes in kind().items():
-            path = Path(sys.argv[1]) / kind.__name__ / name / "cases.csv"
-            anterior, posterior, whole = np.nanmean(np.loadtxt(path, delimiter=",", ndmin=2), 0)
-            overlays = changes.pop("overlay", [])
-            count, _, seconds, _ = alone(measure, overlays, changes, SIZES[0])
-            label = "a third of the recipe" if kind is front else "the recipe"
-            label = label if kind is front or name == "MedNCA" else "UNets"
-            found.setdefault(label, {})[name] = (whole, seconds, count)
-            scores = f"{whole:.4f} | {anterior:.4f} | {posterior:.4f}"
-            print(f"| {name} | {count:,} | {seconds:.3f} | {scores} |", flush=True)
-    draw(found, sys.argv[2] if len(sys.argv) > 2 else "front.png")
+    for folder, (kind, name, changes) in zip(folders, runs, strict=True):
+        cases = np.loadtxt(folder / "cases.csv", delimiter=",", ndmin=2)
+        anterior, posterior, whole = np.nanmean(cases, 0)
+        overlays = changes.pop("overlay", [])
+        count, _, seconds, _ = alone(measure, overlays, changes, SIZES[0])
+        label = "a third of the recipe" if kind is front else "the recipe"
+        label = label if kind is front or name == "MedNCA" else "UNets"
+        found.setdefault(label, {})[name] = (whole, seconds, count)
+        scores = f"{whole:.4f} | {anterior:.4f} | {posterior:.4f}"
+        print(f"| {name} | {count:,} | {seconds:.3f} | {scores} |", flush=True)
+    draw(found, picture)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("output_dir")
+    parser.add_argument("picture", nargs="?", default="front.png")
+    main(**vars(parser.parse_args()))

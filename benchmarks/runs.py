@@ -148,6 +148,12 @@ KINDS = {
 }
 
 
+def has_ended(folder: Path, epochs: int) -> bool:
+    """Whether the training of a folder has run to its end."""
+    table = folder / "training.csv"
+    return table.exists() and f"\n{epochs}," in "\n" + table.read_text()
+
+
 def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
     """Run one training to its end, where it is not yet there; its last log is beside its table.
 
@@ -155,8 +161,8 @@ def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
         Why it diverged, or nothing.
     """
     changes, epochs = dict(changes), changes.get("max_epochs", EPOCHS)
-    table, log, diverged = (folder / name for name in ("training.csv", "log.txt", "diverged.txt"))
-    if table.exists() and f"\n{epochs}," in "\n" + table.read_text():
+    log, diverged = folder / "log.txt", folder / "diverged.txt"
+    if has_ended(folder, epochs):
         return ""
     if diverged.exists():
         return diverged.read_text()

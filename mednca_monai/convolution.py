@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight, conv3d_weight
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 ON_X86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere oneDNN may have no fast 3-D
 FEW = 2**22  # multiplications in a product, up to which a call of oneDNN takes longer than MKL's
@@ -75,12 +77,30 @@ def turned(weight: Tensor) -> Tensor:
     return weight.transpose(0, 1).flip(*range(2, weight.dim()))
 
 
-class DenseConvolution(torch.autograd.Function):
-    """Dense convolution without padding, all sides of the kernel the same odd number.
+@register_flop_formula(torch.ops.aten.mkldnn_convolution)
+def count_operations(x: list[int], weight: list[int], *_: Any, out_shape: list[int]) -> int:
+    """Operations of oneDNN's convolution, for PyTorch's counter, which does not know it."""
+    operations: int = conv_flop_count(x, weight, out_shape)
+    return operations
 
-    The gradient of the input is such a convolution as well, that of the kernel a product with the
-    neighbourhoods of all cells: PyTorch's own take the slower ways again.
+
+def gradient_of_kernel(x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    """Gradient of the kernel that convolves ``x`` without padding, from that of the output.
+
+    It is that of both halves of the images, as two images: for one PyTorch takes a slower way.
     """
+    rows, border = gradient.shape[2], shape[2] - 1
+    half = (rows + 1) // 2
+    halves = torch.cat([x[:, :, : half + border], x[:, :, rows - half :]])
+    gradients = torch.cat([gradient[:, :, :half], gradient[:, :, rows - half :]])
+    gradients[len(x) :, :, : 2 * half - rows] = 0  # a row in both
+    function = conv2d_weight if x.dim() == 4 else conv3d_weight
+    of_kernel: Tensor = function(halves, shape, gradients)  # type: ignore[no-untyped-call]
+    return of_kernel
+
+
+class DenseConvolution(torch.autograd.Function):
+    """Dense convolution without padding, all sides of the kernel the same odd number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,14 +113,14 @@ class DenseConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of input, kernel and bias."""
         x, weight = ctx.saved_tensors
-        out, channels, *kernel = weight.shape
-        of_x = padded_convolution(gradient, turned(weight), None, kernel[0] - 1)
-        gradient, rows = gradient.movedim(1, -1).reshape(-1, out), x
-        for axis, width in enumerate(kernel, 2):
-            rows = rows.unfold(axis, width, 1)
-        rows = rows.movedim(1, -1).reshape(len(gradient), -1)
-        of_weight = (gradient.t() @ rows).view(out, *kernel, channels).movedim(-1, 1)
-        return of_x, of_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
+        width = weight.shape[2]
+        of_x = padded_convolution(gradient, turned(weight), None, width - 1)
+        rows, inputs = (y.movedim(1, -1).flatten(0, -2) for y in (gradient, x))
+        if width == 1:
+            of_weight = (rows.t() @ inputs).view_as(weight)
+        else:
+            of_weight = gradient_of_kernel(x, gradient, weight.shape)
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 @torch.jit.unused

@@ -199,7 +199,7 @@ def test_single_precision_stays_close_over_many_steps(spatial_dims, firing, monk
 
 
 @pytest.mark.parametrize("onednn", [False, True])
-@pytest.mark.parametrize("fire_rate", [0.6, 0.9])
+@pytest.mark.parametrize("fire_rate", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("rule", [rule for rule in RULES.values() if "norm" not in rule])
 def test_gradients_in_single_precision_are_those_in_double(
     spatial_dims, rule, size, fire_rate, onednn, monkeypatch

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from mednca_monai import convolution
 from mednca_monai.convolution import (
@@ -94,3 +95,10 @@ def test_a_dense_layer_and_its_gradients_are_those_of_a_product(count, has_bias,
     of_expected = torch.autograd.grad(expected, exact, upstream.double())
     for one, other in zip([found, *of_found], [expected, *of_expected], strict=True):
         assert_close(one, other, rtol=0, atol=1e-4, check_dtype=False)
+
+
+def test_operations_of_dense_convolutions_are_counted(spatial_dims):
+    x, weight = torch.randn(2, 5, *[6] * spatial_dims), torch.randn(4, 5, *[3] * spatial_dims)
+    with FlopCounterMode(display=False) as counter:
+        dense_convolution(x, weight, None, 1)
+    assert counter.get_total_flops() == 2 * 2 * 4**spatial_dims * 4 * 5 * 3**spatial_dims
