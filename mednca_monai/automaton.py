@@ -265,10 +265,10 @@ class CellularAutomaton(nn.Module):
 
     def perceives_all(self, x: Tensor) -> bool:
         """Whether dense perception of all cells takes no longer than that of the firing ones."""
-        if self.spatial_dims == 2:
-            return has_matrix_units(x.dtype)
+        if has_matrix_units(x.dtype):
+            return True
         fast = x.dtype == torch.bfloat16 or is_fast_in_onednn(x, self.hidden.weight)
-        return has_matrix_units(x.dtype) or (fast and self.threshold >= 0.5 * 2**32)
+        return self.spatial_dims == 3 and fast and self.threshold >= 0.5 * 2**32
 
     def fires(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
         """Cells of a block that fire in a step, ``(B, 1, *size)``; empty if sublattices do."""

@@ -115,9 +115,9 @@ class DenseConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         width = weight.shape[2]
         of_x = padded_convolution(gradient, turned(weight), None, width - 1)
-        rows, inputs = (y.movedim(1, -1).flatten(0, -2) for y in (gradient, x))
+        rows = gradient.movedim(1, -1).flatten(0, -2)
         if width == 1:
-            of_weight = (rows.t() @ inputs).view_as(weight)
+            of_weight = (rows.t() @ x.movedim(1, -1).flatten(0, -2)).view_as(weight)
         else:
             of_weight = gradient_of_kernel(x, gradient, weight.shape)
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
@@ -204,8 +204,7 @@ class DepthwiseConvolution(torch.autograd.Function):
         """Gradients of input and kernel."""
         x, weight = ctx.saved_tensors
         groups, reach = len(weight), [n - 1 for n in weight.shape[2:]]
-        turned = weight.flip(2, 3, 4)
-        of_x = nn.functional.conv3d(gradient, turned, padding=reach, groups=groups)
+        of_x = nn.functional.conv3d(gradient, weight.flip(2, 3, 4), padding=reach, groups=groups)
         of_weight = torch.zeros_like(weight).transpose(0, 1)
         for i in range(len(x)):
             kernel = gradient[i : i + 1].transpose(0, 1)
