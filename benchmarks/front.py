@@ -15,6 +15,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from inference import SIZES, measure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from measure import alone
 from runs import front, has_ended, networks
 
@@ -24,7 +25,8 @@ mpl.use("Agg")
 def draw(found: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
     """Save a picture of Dice against seconds and against parameters."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for axis, column, title in zip(axes, (1, 2), ("seconds", "parameters"), strict=True):
+    costs_of = {"time of a volume": (1, EngFormatter("s")), "parameters": (2, EngFormatter())}
+    for axis, (title, (column, formatter)) in zip(axes, costs_of.items(), strict=True):
         for kind, points in found.items():
             dice, costs = ([point[i] for point in points.values()] for i in (0, column))
             axis.semilogx(costs, dice, "o", label=kind)
@@ -32,6 +34,9 @@ def draw(found: dict[str, dict[str, tuple[float, float, float]]], path: str) -> 
                 place = {"xytext": (4, 4), "textcoords": "offset points"}
                 axis.annotate(name, (cost, value), fontsize=7, **place)
         axis.set(xlabel=title)
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter=formatter)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.tick_params(labelsize=8)
         axis.margins(x=0.3)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="Dice, whole hippocampus")
