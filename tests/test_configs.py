@@ -187,6 +187,8 @@ def test_the_benchmarks_networks_take_their_crops(names):
     with torch.no_grad():
         logits = network(torch.zeros(1, 1, *parser["crop_size"]))
     assert list(logits.shape) == [1, 3, *parser["crop_size"]]
+    for place in (3, 4):  # for cell automata only
+        assert parser.get_parsed_content(f"train#handlers#{place}") is None
 
 
 def test_the_benchmarks_paper_changes_what_it_means_to():
