@@ -25,45 +25,44 @@ mpl.use("Agg")
 def draw(found: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
     """Save a picture of Dice against seconds and against parameters."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    costs_of = {"time of a volume": (1, EngFormatter("s")), "parameters": (2, EngFormatter())}
-    for axis, (title, (column, formatter)) in zip(axes, costs_of.items(), strict=True):
-        for kind, points in found.items():
-            dice, costs = ([point[i] for point in points.values()] for i in (0, column))
-            axis.semilogx(costs, dice, "o", label=kind)
-            for name, cost, value in zip(points, costs, dice, strict=True):
-                place = {"xytext": (4, 4), "textcoords": "offset points"}
-                axis.annotate(name, (cost, value), fontsize=7, **place)
+    costs = {"time of a volume": (1, EngFormatter("s")), "parameters": (2, EngFormatter())}
+    for axis, (title, (column, formatter)) in zip(axes, costs.items(), strict=True):
+        for marker, (kind, points) in zip("os^", found.items(), strict=False):
+            for name, point in points.items():
+                axis.semilogx(point[column], point[0], marker, label=f"{name} ({kind})")
         axis.set(xlabel=title)
-        axis.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter=formatter)
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=formatter)
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.tick_params(labelsize=8)
-        axis.margins(x=0.3)
+        axis.tick_params(labelsize=7)
+        axis.margins(x=0.1)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="Dice, whole hippocampus")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def main(output_dir: str, picture: str) -> None:
     """Print the table and draw it."""
-    runs = [(kind, name, changes) for kind in (front, networks) for name, changes in kind().items()]
-    folders = [Path(output_dir) / kind.__name__ / name for kind, name, _ in runs]
-    for folder, (_, _, changes) in zip(folders, runs, strict=True):
+    runs = [
+        (Path(output_dir) / kind.__name__ / name, changes)
+        for kind in (front, networks)
+        for name, changes in kind().items()
+    ]
+    for folder, changes in runs:
         if not has_ended(folder, changes["max_epochs"]):
             raise ValueError(f"`output_dir` must hold trainings that ended, got no '{folder}'.")
     print("| network | parameters | seconds | whole | anterior | posterior |")
     print("| --- | --- | --- | --- | --- | --- |")
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for folder, (kind, name, changes) in zip(folders, runs, strict=True):
+    for folder, changes in runs:
         cases = np.loadtxt(folder / "cases.csv", delimiter=",", ndmin=2)
         anterior, posterior, whole = np.nanmean(cases, 0)
         overlays = changes.pop("overlay", [])
         count, _, seconds, _ = alone(measure, overlays, changes, SIZES[0])
-        label = "a third of the recipe" if kind is front else "the recipe"
-        label = label if kind is front or name == "MedNCA" else "UNets"
-        found.setdefault(label, {})[name] = (whole, seconds, count)
+        length = f"{changes['max_epochs']} epochs"
+        found.setdefault(length, {})[folder.name] = (whole, seconds, count)
         scores = f"{whole:.4f} | {anterior:.4f} | {posterior:.4f}"
-        print(f"| {name} | {count:,} | {seconds:.3f} | {scores} |", flush=True)
+        print(f"| {folder.name} | {count:,} | {seconds:.3f} | {scores} |", flush=True)
     draw(found, picture)
 
 
