@@ -3,7 +3,7 @@
 Dice of the whole hippocampus is what `runs.py front` and `runs.py networks` have left in
 ``output_dir``; the time is that of a volume of the data's size, each network in a fresh process.
 Settings are named by channels and hidden size, and by steps from coarse to fine; they were trained
-for a third of the recipe.
+for a third of the recipe, the networks as the recipe or their overlays say.
 
 Run: python benchmarks/front.py output_dir [picture.png]
 """
@@ -22,16 +22,18 @@ from runs import front, has_ended, networks
 mpl.use("Agg")
 
 
-def draw(found: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
+def draw(found: list[tuple[str, int, float, float, int]], path: str) -> None:
     """Save a picture of Dice against seconds and against parameters."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    costs = {"time of a volume": (1, EngFormatter("s")), "parameters": (2, EngFormatter())}
-    for axis, (title, (column, formatter)) in zip(axes, costs.items(), strict=True):
-        for marker, (kind, points) in zip("os^", found.items(), strict=False):
-            for name, point in points.items():
-                axis.semilogx(point[column], point[0], marker, label=f"{name} ({kind})")
+    lengths = sorted({epochs for _, epochs, *_ in found})
+    for name, epochs, dice, *costs in found:
+        marker = "os^"[lengths.index(epochs)]
+        for axis, cost in zip(axes, costs, strict=True):
+            axis.semilogx(cost, dice, marker, label=f"{name} ({epochs} epochs)")
+    titles = {"time of a volume": ("s", (1, 2, 5)), "parameters": ("", (1, 3))}
+    for axis, (title, (unit, ticks)) in zip(axes, titles.items(), strict=True):
         axis.set(xlabel=title)
-        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=formatter)
+        axis.xaxis.set(major_locator=LogLocator(subs=ticks), major_formatter=EngFormatter(unit))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.tick_params(labelsize=7)
         axis.margins(x=0.1)
@@ -51,18 +53,19 @@ def main(output_dir: str, picture: str) -> None:
     for folder, changes in runs:
         if not has_ended(folder, changes["max_epochs"]):
             raise ValueError(f"`output_dir` must hold trainings that ended, got no '{folder}'.")
-    print("| network | parameters | seconds | whole | anterior | posterior |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    print("| network | parameters | seconds | epochs | minutes | whole | anterior | posterior |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    found: list[tuple[str, int, float, float, int]] = []
     for folder, changes in runs:
         cases = np.loadtxt(folder / "cases.csv", delimiter=",", ndmin=2)
         anterior, posterior, whole = np.nanmean(cases, 0)
+        epochs, minutes, *_ = (folder / "training.csv").read_text().splitlines()[-1].split(",")
         overlays = changes.pop("overlay", [])
         count, _, seconds, _ = alone(measure, overlays, changes, SIZES[0])
-        length = f"{changes['max_epochs']} epochs"
-        found.setdefault(length, {})[folder.name] = (whole, seconds, count)
+        found.append((folder.name, int(epochs), whole, seconds, count))
+        length = f"{epochs} | {float(minutes):.0f}"
         scores = f"{whole:.4f} | {anterior:.4f} | {posterior:.4f}"
-        print(f"| {folder.name} | {count:,} | {seconds:.3f} | {scores} |", flush=True)
+        print(f"| {folder.name} | {count:,} | {seconds:.3f} | {length} | {scores} |", flush=True)
     draw(found, picture)
 
 

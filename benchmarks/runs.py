@@ -37,7 +37,7 @@ from mednca_monai.data import case_name, load_datalist
 SPLIT = json.loads((BUNDLE / "configs" / "split.json").read_text())
 CONFIG = json.loads((BUNDLE / "configs" / "train.json").read_text())
 EPOCHS, BATCH = CONFIG["max_epochs"], CONFIG["volumes_per_batch"]
-UNET_EPOCHS = 30  # after 25 `BasicUNet` no longer improves
+UNET_EPOCHS = 30  # after 24 none improves
 PAPER_EPOCHS = 12  # of 29 iterations of 20 slices
 WITHOUT = {
     "clipping": {"train#handlers#2#max_norm": 1e9},

@@ -187,7 +187,13 @@ def test_the_benchmarks_networks_take_their_crops(names):
     with torch.no_grad():
         logits = network(torch.zeros(1, 1, *parser["crop_size"]))
     assert list(logits.shape) == [1, 3, *parser["crop_size"]]
-    for place in (3, 4):  # for cell automata only
+
+
+def test_the_benchmarks_unet_trains_without_what_asks_for_cell_automata():
+    parser = parse("train.json")
+    for name in ("unet", "basic_unet"):  # which does not tell its dimensions
+        parser.update(json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()))
+    for place in (3, 4):
         assert parser.get_parsed_content(f"train#handlers#{place}") is None
 
 
