@@ -1,5 +1,7 @@
 """The cell automaton of one level: cells perceive their neighbourhood, firing cells update."""
 
+import math
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +43,9 @@ from mednca_monai.grid import (
 torch.empty(31 * 2**18)
 HIDDEN = 2**19  # numbers in a hidden layer at a time: near a processor's cache, few calls
 HIDDEN_ON_GPU = 2**25
-# up to which operations of one product, as a part of those of two, it takes no longer (on a CPU)
+# up to which operations of one product, as a part of those of two, it takes no longer
 FOLD_GATHERED, FOLD = 1.0, 1.5
+HAS_TRITON = find_spec("triton") is not None
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # asked once, as compilers refuse to trace it
 
 
@@ -125,9 +128,8 @@ class CellularAutomaton(nn.Module):
         self.is_dense = perception == "dense"
         self.is_normed = norm is not None
         apart = kernel_size**spatial_dims * 2 * num_channels + 3 * hidden_size
-        cost = kernel_size**spatial_dims * hidden_size / apart
-        self.folds_gathered = self.is_dense and cost <= FOLD_GATHERED
-        self.folds = self.is_dense and cost <= FOLD
+        # operations of one product as a part of those of two
+        self.cost = kernel_size**spatial_dims * hidden_size / apart if self.is_dense else math.inf
         # sublattices are strided convolutions, without masks
         self.is_strided = self.is_dense and norm is None and firing == "sublattices"
         # one of so many cells of a block is computed at a time, at a fire rate of one half
@@ -167,13 +169,20 @@ class CellularAutomaton(nn.Module):
             return x.contiguous(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last_3d)
 
-    def rule(self, gathers: bool) -> list[Tensor]:
+    def folds(self, x: Tensor) -> bool:
+        """Whether perception and hidden layer, both linear, are one product: where that is faster.
+
+        See `FOLD`; a GPU's kernel takes two.
+        """
+        if self.fuses(x):
+            return False
+        return self.cost <= (FOLD_GATHERED if self.gathers(x) else FOLD)
+
+    def rule(self, folds: bool) -> list[Tensor]:
         """Weights of a step, the perception's bias in that of the hidden layer.
 
-        Perception and hidden layer are both linear: where that is faster, they fold into one.
-
         Args:
-            gathers: whether the firing cells are gathered.
+            folds: whether perception and hidden layer are one product.
 
         Returns:
             Bias, ``(hidden_size,)``, the hidden layer of a zero state; from the hidden layer to the
@@ -190,7 +199,7 @@ class CellularAutomaton(nn.Module):
         bias = bias.flatten().to(weight.dtype)  # autocast or not
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
-        if not (self.folds_gathered if gathers else self.folds):
+        if not folds:
             return [bias, update, self.channels_last(self.perception.weight), weight]
         own, around = weight.tensor_split([self.num_channels], 1)
         kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
@@ -262,6 +271,21 @@ class CellularAutomaton(nn.Module):
         pays = slow or self.threshold < 0.75 * 2**32
         on_cpu = x.device.type == "cpu"
         return pays and on_cpu and not self.is_strided and not self.is_normed and not is_traced()
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether a GPU's kernel takes whole steps: dense rules of usual sizes in float32."""
+        if torch.jit.is_scripting() or is_traced():  # type: ignore[attr-defined]
+            return False
+        return (
+            has_kernels(x.device)
+            and x.dtype == self.hidden.weight.dtype == torch.float32
+            and self.is_dense
+            and not self.is_normed
+            and self.num_channels <= 32
+            and self.perception.weight[0, 0].numel() <= 128
+            and self.hidden.weight.shape[0] <= 128
+            and min(x.shape[2:]) > self.radius
+        )
 
     def perceives_all(self, x: Tensor) -> bool:
         """Whether dense perception of all cells takes no longer than that of the firing ones."""
@@ -368,14 +392,16 @@ class CellularAutomaton(nn.Module):
         Returns:
             The cells' own channels afterwards.
         """
-        rule = self.rule(self.gathers(image))
-        start = start.expand(image.shape[0], -1)
+        rule = self.rule(self.folds(image))
+        start = start.expand(image.shape[0], -1).contiguous()
         digests = step_digests(seed.expand(image.shape[0]), self.level, self.steps)
         drawn = drawn_sublattices(digests[:, 0], self.spatial_dims)
         masks = Firing(row_digests(digests, start[:, 0], image.shape[2]), drawn, start, [])
         scripting = torch.jit.is_scripting()  # type: ignore[attr-defined]
         if is_traced() or (scripting and torch.is_grad_enabled()):
             return self.unroll(image, coarse, masks, rule)
+        if self.fuses(image):
+            return self.run_fused(image, coarse, masks, rule)
         if not self.is_strided:
             return self.roll(image, coarse, masks, rule)
         # items that start at even and at odd positions have their sublattices in other places
@@ -400,6 +426,24 @@ class CellularAutomaton(nn.Module):
         return self.recompute(image, coarse, firing, rule)
 
     @torch.jit.unused
+    def run_fused(
+        self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]
+    ) -> Tensor:
+        """All steps by the kernels of a GPU."""
+        from mednca_monai import fused  # only there Triton is at hand
+
+        dtype, device = torch.float32, image.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        draws = firing.drawn if self.firing == "sublattices" else firing.rows
+        steps = fused.Steps(
+            draws, firing.start, self.threshold, self.radius, self.segment_steps, dtype
+        )
+        size = list(image.shape[2:])
+        cells = enlarge(coarse, Block(0, image.shape[0], 0, size[0]), size)
+        return fused.run(torch.cat([image, cells], 1), rule, steps)[:, self.in_channels :]
+
+    @torch.jit.unused
     def recompute(
         self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]
     ) -> Tensor:
@@ -409,6 +453,13 @@ class CellularAutomaton(nn.Module):
         cells = enlarge(coarse, whole, list(image.shape[2:]))
         result: Tensor = Trajectory.apply(self, image, cells, firing, len(rule), *weights)  # type: ignore[no-untyped-call]
         return result
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton compiles for a device, with fast products of float32."""
+    if device.type != "cuda" or not HAS_TRITON or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fill_up(cells: Tensor) -> Tensor:
