@@ -1,6 +1,5 @@
 """The cell automaton of one level: cells perceive their neighbourhood, firing cells update."""
 
-import math
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -128,8 +127,9 @@ class CellularAutomaton(nn.Module):
         self.is_dense = perception == "dense"
         self.is_normed = norm is not None
         apart = kernel_size**spatial_dims * 2 * num_channels + 3 * hidden_size
-        # operations of one product as a part of those of two
-        self.cost = kernel_size**spatial_dims * hidden_size / apart if self.is_dense else math.inf
+        cost = kernel_size**spatial_dims * hidden_size / apart
+        self.folds_gathered = self.is_dense and cost <= FOLD_GATHERED
+        self.folds_all = self.is_dense and cost <= FOLD
         # sublattices are strided convolutions, without masks
         self.is_strided = self.is_dense and norm is None and firing == "sublattices"
         # one of so many cells of a block is computed at a time, at a fire rate of one half
@@ -172,11 +172,10 @@ class CellularAutomaton(nn.Module):
     def folds(self, x: Tensor) -> bool:
         """Whether perception and hidden layer, both linear, are one product: where that is faster.
 
-        See `FOLD`; a GPU's kernel takes two.
+        A GPU's kernel always takes two.
         """
-        if self.fuses(x):
-            return False
-        return self.cost <= (FOLD_GATHERED if self.gathers(x) else FOLD)
+        folds = self.folds_gathered if self.gathers(x) else self.folds_all
+        return folds and not self.fuses(x)
 
     def rule(self, folds: bool) -> list[Tensor]:
         """Weights of a step, the perception's bias in that of the hidden layer.
@@ -193,9 +192,10 @@ class CellularAutomaton(nn.Module):
             *kernel)``.
         """
         weight = self.hidden.weight
-        zeros = weight.new_zeros([1, self.num_channels] + [2 * self.radius + 1] * self.spatial_dims)
-        no_state = [0, 0] * self.spatial_dims + [self.num_channels, 0]
-        bias = self.hidden(nn.functional.pad(self.perception(zeros), no_state))
+        perceived = self.perception.bias
+        assert perceived is not None  # for TorchScript
+        zero = nn.functional.pad(perceived, [self.num_channels, 0]).unsqueeze(0)
+        bias = nn.functional.linear(zero, weight.flatten(1), self.hidden.bias)
         bias = bias.flatten().to(weight.dtype)  # autocast or not
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
@@ -273,11 +273,13 @@ class CellularAutomaton(nn.Module):
         return pays and on_cpu and not self.is_strided and not self.is_normed and not is_traced()
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether a GPU's kernel takes whole steps: dense rules of usual sizes in float32."""
-        if torch.jit.is_scripting() or is_traced():  # type: ignore[attr-defined]
+        """Whether a GPU's kernel takes whole steps: autocast, dense rules of usual sizes."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return False
         return (
-            has_kernels(x.device)
+            not is_traced()
+            and has_kernels(x.device)
+            and torch.is_autocast_enabled(x.device.type)
             and x.dtype == self.hidden.weight.dtype == torch.float32
             and self.is_dense
             and not self.is_normed
@@ -432,9 +434,7 @@ class CellularAutomaton(nn.Module):
         """All steps by the kernels of a GPU."""
         from mednca_monai import fused  # only there Triton is at hand
 
-        dtype, device = torch.float32, image.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(image.device.type)
         draws = firing.drawn if self.firing == "sublattices" else firing.rows
         steps = fused.Steps(
             draws, firing.start, self.threshold, self.radius, self.segment_steps, dtype
@@ -456,7 +456,7 @@ class CellularAutomaton(nn.Module):
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton compiles for a device, with fast products of float32."""
+    """Whether Triton compiles for a device that has matrix units for bfloat16."""
     if device.type != "cuda" or not HAS_TRITON or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -137,6 +137,13 @@ def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
     """
     if stride == 1 and is_fast_in_onednn(x, weight):
         return fast_dense(x, weight, bias)
+    if x.device.type == "cuda" and not is_traced():
+        # in float32 as everywhere, where cuDNN would round factors to TF32, and deterministic
+        none, one = [0] * (x.dim() - 2), [1] * (x.dim() - 2)
+        strides = [stride] * (x.dim() - 2)
+        return torch._convolution(
+            x, weight, bias, strides, none, one, False, none, 1, False, True, True, False
+        )
     if x.dim() == 4:
         return nn.functional.conv2d(x, weight, bias, stride)
     return nn.functional.conv3d(x, weight, bias, stride)
