@@ -15,13 +15,13 @@ from mednca_monai.kernels import (
 )
 
 PROGRAMS = 32  # that share a sum over all cells
-# Cells of a program and how it is compiled, the fastest of some on an H100. Four warps of blocks of
-# 64 cells, or more would take Hopper's wgmma instructions, which Triton 3.6 to 3.8 gets wrong for
-# such kernels: see https://github.com/triton-lang/triton/issues/11366.
-ADVANCE = {"block": 64, "num_warps": 2, "num_stages": 2}
+# Cells of a program and how it is compiled, the fastest of some on an H100. Products of 64 rows or
+# more are of two warps: by four, Hopper takes wgmma instructions, which Triton 3.6 to 3.8 gets wrong
+# here (as in https://github.com/triton-lang/triton/issues/11366).
+ADVANCE = {"block": 64, "num_warps": 2, "num_stages": 3}
 RETREAT = {"block": 32, "num_warps": 2, "num_stages": 2}
-RETREAT_TO_PERCEPTION = {"block": 64, "num_warps": 2, "num_stages": 2}
-RETREAT_TO_STATES = {"block": 64, "num_warps": 2, "num_stages": 2}
+RETREAT_TO_PERCEPTION = {"block": 128, "num_warps": 4, "num_stages": 2}
+RETREAT_TO_STATES = {"block": 64, "num_warps": 2, "num_stages": 1}
 
 
 class Steps(NamedTuple):
