@@ -1,6 +1,7 @@
 """Dice of the shipped model when it runs fewer and more steps than it was trained with.
 
-Each row is the bundle's own evaluation of the validation volumes, with other `steps`.
+Each row is the bundle's own evaluation of the validation volumes, with other `steps`; the last
+computes in bfloat16, with states of float32.
 
 Run: python benchmarks/more_steps.py dataset_dir
 """
@@ -11,9 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from monai.bundle import ConfigWorkflow
 
 CONFIGS = Path(__file__).parents[1] / "bundle" / "configs"
+STRUCTURES = ["whole", "anterior", "posterior"]
 FACTORS = [0.5, 0.625, 0.75, 0.875, 1, 1.5, 2, 4]
 
 
@@ -35,18 +38,20 @@ def evaluate(dataset_dir: str, factor: float) -> tuple[list[int], dict[str, dict
             return steps, {row["metric"]: row for row in csv.DictReader(file)}
 
 
+def show(dataset_dir: str, factor: float, note: str = "") -> None:
+    """Print the row of a factor."""
+    steps, summary = evaluate(dataset_dir, factor)
+    means = [float(summary[f"dice_{name}"]["mean"]) for name in STRUCTURES]
+    scores = [means[0], float(summary["dice_whole"]["min"]), *means[1:]]
+    row = " | ".join(f"{score:.3f}" for score in scores)
+    print(f"| {steps[0]} + {steps[1]}{note} | {factor:g} | {row} |", flush=True)
+
+
 if __name__ == "__main__":
     print("| steps | times | whole | lowest | anterior | posterior |")
     print("| --- | --- | --- | --- | --- | --- |")
     logging.disable(logging.WARNING)
     for factor in FACTORS:
-        steps, summary = evaluate(sys.argv[1], factor)
-        whole, anterior, posterior = (
-            summary[f"dice_{name}"] for name in ("whole", "anterior", "posterior")
-        )
-        print(
-            f"| {steps[0]} + {steps[1]} | {factor:g} | {float(whole['mean']):.3f} | "
-            f"{float(whole['min']):.3f} | {float(anterior['mean']):.3f} | "
-            f"{float(posterior['mean']):.3f} |",
-            flush=True,
-        )
+        show(sys.argv[1], factor)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
+        show(sys.argv[1], 1, ", bfloat16")

@@ -12,6 +12,7 @@ from mednca_monai.convolution import (
     dense_convolution,
     dense_layer,
     depthwise_convolution,
+    exact_convolution,
     gathered_convolution,
     is_fast_in_onednn,
     is_traced,
@@ -74,8 +75,9 @@ class CellularAutomaton(nn.Module):
     starts at zero, so a new automaton changes nothing.
 
     A step works in place, one cache-sized block of cells after the other and, where that pays, on
-    the firing cells only. Training keeps the state of every ``segment_steps``-th step and computes
-    the rest again in the backward pass, which cannot itself be differentiated.
+    the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Training keeps the
+    state of every ``segment_steps``-th step and computes the rest again in the backward pass, which
+    cannot itself be differentiated.
 
     Reference:
         Kalkhof, J., González, C., Mukhopadhyay, A., "Med-NCA: Robust and Lightweight Segmentation
@@ -161,6 +163,8 @@ class CellularAutomaton(nn.Module):
             # a product, as oneDNN's gradients of such convolutions are wrong for some sizes
             rows = nn.functional.linear(x.movedim(1, -1), weight.flatten(1), bias)
             return rows.movedim(-1, 1)
+        if x.device.type == "cuda" and not self.training and not is_traced():
+            return exact_convolution(x, weight, bias, stride)
         return dense_convolution(x, weight, bias, stride)
 
     def channels_last(self, x: Tensor) -> Tensor:

@@ -137,16 +137,17 @@ def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
     """
     if stride == 1 and is_fast_in_onednn(x, weight):
         return fast_dense(x, weight, bias)
-    if x.device.type == "cuda" and not is_traced():
-        # in float32 as everywhere, where cuDNN would round factors to TF32, and deterministic
-        none, one = [0] * (x.dim() - 2), [1] * (x.dim() - 2)
-        strides = [stride] * (x.dim() - 2)
-        return torch._convolution(
-            x, weight, bias, strides, none, one, False, none, 1, False, True, True, False
-        )
     if x.dim() == 4:
         return nn.functional.conv2d(x, weight, bias, stride)
     return nn.functional.conv3d(x, weight, bias, stride)
+
+
+def exact_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """As `dense_convolution` on a GPU, deterministic, float32 not rounded to TF32 as by default."""
+    strides, none, one = [[number] * (x.dim() - 2) for number in (stride, 0, 1)]
+    return torch._convolution(
+        x, weight, bias, strides, none, one, False, none, 1, False, True, True, False
+    )
 
 
 def dense_layer(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,8 +16,8 @@ from mednca_monai.kernels import (
 
 PROGRAMS = 32  # that share a sum over all cells
 # Cells of a program and how it is compiled, the fastest of some on an H100. Products of 64 rows or
-# more are of two warps: by four, Hopper takes wgmma instructions, which Triton 3.6 to 3.8 gets wrong
-# here (as in https://github.com/triton-lang/triton/issues/11366).
+# more are of two warps: by four, Hopper takes wgmma instructions, which Triton 3.6 gets wrong here
+# (as 3.7 in https://github.com/triton-lang/triton/issues/11366).
 ADVANCE = {"block": 64, "num_warps": 2, "num_stages": 3}
 RETREAT = {"block": 32, "num_warps": 2, "num_stages": 2}
 RETREAT_TO_PERCEPTION = {"block": 128, "num_warps": 4, "num_stages": 2}
@@ -194,5 +194,6 @@ def packed(rule: list[Tensor]) -> list[Tensor]:
 def run(states: Tensor, rule: list[Tensor], steps: Steps) -> Tensor:
     """States ``(B, C, *spatial)`` after all steps, with gradients where they are asked for."""
     rows = states.movedim(1, -1).contiguous()
-    after: Tensor = Trajectory.apply(steps, rows, *packed(rule))  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(rows):  # where Triton starts kernels
+        after: Tensor = Trajectory.apply(steps, rows, *packed(rule))  # type: ignore[no-untyped-call]
     return after.movedim(-1, 1)
