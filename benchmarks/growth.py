@@ -53,7 +53,7 @@ def build(setting: dict[str, int], firing: str) -> tuple[nn.Module, torch.Tensor
     size = round(setting["pixels"] ** 0.5)
     cells = sum(size**2 / 16**level for level in range(setting["levels"])) * setting["batch"]
     level, images = network.levels[0], torch.rand(setting["batch"], 1, size, size)
-    one_product = len(level.rule(level.gathers(images))) == 3
+    one_product = len(level.rule(level.folds(images))) == 3
     around = 9 * hidden if one_product else 9 * 2 * channels + 3 * hidden
     products = channels * around + hidden * (channels - 1)
     operations = cells * steps * 0.5 * 2 * products

@@ -1,11 +1,13 @@
 """The cell automaton of one level: cells perceive their neighbourhood, firing cells update."""
 
-from importlib.util import find_spec
+import logging
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from monai.networks.layers.factories import Conv
 from monai.networks.layers.utils import get_norm_layer
+from monai.utils.module import pytorch_after
 from torch import Tensor, nn
 
 from mednca_monai.convolution import (
@@ -45,7 +47,6 @@ HIDDEN = 2**19  # numbers in a hidden layer at a time: near a processor's cache,
 HIDDEN_ON_GPU = 2**25
 # up to which operations of one product, as a part of those of two, it takes no longer
 FOLD_GATHERED, FOLD = 1.0, 1.5
-HAS_TRITON = find_spec("triton") is not None
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # asked once, as compilers refuse to trace it
 
 
@@ -163,9 +164,13 @@ class CellularAutomaton(nn.Module):
             # a product, as oneDNN's gradients of such convolutions are wrong for some sizes
             rows = nn.functional.linear(x.movedim(1, -1), weight.flatten(1), bias)
             return rows.movedim(-1, 1)
-        if x.device.type == "cuda" and not self.training and not is_traced():
+        if self.is_exact(x):
             return exact_convolution(x, weight, bias, stride)
         return dense_convolution(x, weight, bias, stride)
+
+    def is_exact(self, x: Tensor) -> bool:
+        """Whether a GPU is to compute in full float32, as other devices do."""
+        return x.device.type == "cuda" and not self.training and not is_traced()
 
     def channels_last(self, x: Tensor) -> Tensor:
         """``(B, C, *spatial)`` with the channels last in memory, faster on CPU and GPU."""
@@ -214,6 +219,8 @@ class CellularAutomaton(nn.Module):
         """Convolve a window by the rule's kernel, for all of its cells."""
         if self.is_dense:
             return self.convolve(window, kernel, None, stride)
+        if self.is_exact(window):
+            return exact_convolution(window, kernel, None, groups=self.num_channels)
         return depthwise_convolution(window, kernel)
 
     def change(self, window: Tensor, rule: list[Tensor], fires: Tensor, stride: int) -> Tensor:
@@ -277,13 +284,14 @@ class CellularAutomaton(nn.Module):
         return pays and on_cpu and not self.is_strided and not self.is_normed and not is_traced()
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether a GPU's kernel takes whole steps: autocast, dense rules of usual sizes."""
+        """Whether a GPU's kernels take whole steps: in 16 bits, rules that fit into registers."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return False
         return (
             not is_traced()
             and has_kernels(x.device)
             and torch.is_autocast_enabled(x.device.type)
+            and torch.get_autocast_dtype(x.device.type) in (torch.float16, torch.bfloat16)
             and x.dtype == self.hidden.weight.dtype == torch.float32
             and self.is_dense
             and not self.is_normed
@@ -436,7 +444,7 @@ class CellularAutomaton(nn.Module):
         self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]
     ) -> Tensor:
         """All steps by the kernels of a GPU."""
-        from mednca_monai import fused  # only there Triton is at hand
+        from mednca_monai import fused  # Triton may be missing elsewhere
 
         dtype = torch.get_autocast_dtype(image.device.type)
         draws = firing.drawn if self.firing == "sublattices" else firing.rows
@@ -445,7 +453,9 @@ class CellularAutomaton(nn.Module):
         )
         size = list(image.shape[2:])
         cells = enlarge(coarse, Block(0, image.shape[0], 0, size[0]), size)
-        return fused.run(torch.cat([image, cells], 1), rule, steps)[:, self.in_channels :]
+        states = torch.cat([image.movedim(1, -1), cells.movedim(1, -1)], -1)
+        del cells
+        return fused.run(states, rule, steps)[..., self.in_channels :].movedim(-1, 1)
 
     @torch.jit.unused
     def recompute(
@@ -459,11 +469,22 @@ class CellularAutomaton(nn.Module):
         return result
 
 
+@cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton compiles for a device that has matrix units for bfloat16."""
-    if device.type != "cuda" or not HAS_TRITON or torch.version.cuda is None:
+    """Whether a device is an NVIDIA GPU, from Ampere on, for which Triton 3.3 or later compiles."""
+    if device.type != "cuda" or torch.version.cuda is None or not pytorch_after(2, 7):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from mednca_monai import fused  # Triton may be missing
+
+        fused.probe(device)
+    except Exception as error:
+        message = f"MedNCA takes PyTorch's operations, as Triton does not work on '{device}': "
+        logging.getLogger(__name__).warning(message + str(error))
+        return False
+    return True
 
 
 def fill_up(cells: Tensor) -> Tensor:

@@ -142,11 +142,25 @@ def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
     return nn.functional.conv3d(x, weight, bias, stride)
 
 
-def exact_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """As `dense_convolution` on a GPU, deterministic, float32 not rounded to TF32 as by default."""
-    strides, none, one = [[number] * (x.dim() - 2) for number in (stride, 0, 1)]
+def exact_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, groups: int = 1
+) -> Tensor:
+    """Convolve on a GPU without padding: deterministic, and float32 is not rounded to TF32."""
+    axes = x.dim() - 2
     return torch._convolution(
-        x, weight, bias, strides, none, one, False, none, 1, False, True, True, False
+        x,
+        weight,
+        bias,
+        [stride] * axes,
+        [0] * axes,
+        [1] * axes,
+        transposed=False,
+        output_padding=[0] * axes,
+        groups=groups,
+        benchmark=False,
+        deterministic=True,
+        cudnn_enabled=True,
+        allow_tf32=False,
     )
 
 

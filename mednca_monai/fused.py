@@ -1,6 +1,7 @@
-"""All steps of an automaton on an NVIDIA GPU by `mednca_monai.kernels`; only imported for one."""
+"""All steps of an automaton by `mednca_monai.kernels`; only imported where there is a GPU."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from mednca_monai.kernels import (
     advance_kernel,
+    probe_kernel,
     retreat_kernel,
     retreat_to_perception_kernel,
     retreat_to_states_kernel,
@@ -29,7 +31,7 @@ class Steps(NamedTuple):
 
     Attributes:
         draws: for each step, of `row_digests` or, for sublattices, of `drawn_sublattices`.
-        starts: absolute position of the first cell, int64, ``(B, spatial_dims)``.
+        start: absolute position of the first cell, int64, ``(B, spatial_dims)``.
         threshold: of `independent_fires`.
         radius: of a neighbourhood.
         segment_steps: training keeps the state of every so many steps.
@@ -37,7 +39,7 @@ class Steps(NamedTuple):
     """
 
     draws: Tensor
-    starts: Tensor
+    start: Tensor
     threshold: int
     radius: int
     segment_steps: int
@@ -54,7 +56,7 @@ class Steps(NamedTuple):
         return [states[..., 0].numel(), *([1] if len(size) == 2 else []), *size]
 
     def sizes(self, states: Tensor, weights: list[Tensor]) -> dict[str, int]:
-        """What the kernels are compiled for."""
+        """What all kernels are compiled for."""
         taps, padded, around = weights[0].shape
         return {
             "dims": states.dim() - 2,
@@ -65,22 +67,24 @@ class Steps(NamedTuple):
             "around": around,
         }
 
-    def rule(self, weights: list[Tensor]) -> dict[str, int]:
+    def layers(self, weights: list[Tensor]) -> dict[str, int]:
         """What the kernels with dense layers are compiled for beside `sizes`."""
-        return {"size": weights[2].shape[0], "sublattices": self.draws.dtype == torch.bool}
+        return {"hidden_size": len(weights[2]), "sublattices": self.draws.dtype == torch.bool}
 
     def advance(self, states: Tensor, after: Tensor, step: int, weights: list[Tensor]) -> None:
         """Take a step from ``states`` to ``after``, both ``(B, *spatial, C)``."""
         count, *axes = self.grid(states)
         advance_kernel[(triton.cdiv(count, ADVANCE["block"]),)](
-            states, after, *weights, self.draws[step], self.starts, self.threshold, count, *axes,
-            **self.sizes(states, weights), **self.rule(weights), **ADVANCE,
+            states, after, *weights, self.draws[step], self.start, self.threshold, count, *axes,
+            **self.sizes(states, weights), **self.layers(weights), **ADVANCE,
         )  # fmt: skip
 
     def retreat(
         self, states: Tensor, upstream: Tensor, step: int, weights: list[Tensor], sums: list[Tensor]
     ) -> Tensor:
         """Gradient of the states before a step from that of those after it.
+
+        The dense layers' gradients are rounded to ``dtype`` in each step, as under autocast.
 
         Args:
             states: before the step.
@@ -96,8 +100,8 @@ class Steps(NamedTuple):
         factors = [states.new_empty(count, n, dtype=self.dtype) for n in widths]
         of_around, features, of_sums, layers, changes = factors
         retreat_kernel[(triton.cdiv(count, RETREAT["block"]),)](
-            states, upstream, downstream, *factors, *weights, self.draws[step], self.starts,
-            self.threshold, count, *axes, **sizes, **self.rule(weights), **RETREAT,
+            states, upstream, downstream, *factors, *weights, self.draws[step], self.start,
+            self.threshold, count, *axes, **sizes, **self.layers(weights), **RETREAT,
         )  # fmt: skip
         sums[1] += features.t() @ of_sums
         sums[2] += of_sums.sum(0, dtype=torch.float32)
@@ -142,15 +146,15 @@ class Trajectory(torch.autograd.Function):
         cast, gradient = steps.cast(weights), gradient.contiguous()
         sums = [torch.zeros_like(weight) for weight in weights]
         sums[0] = sums[0].repeat(PROGRAMS, 1, 1, 1)
-        starts = range(0, len(steps.draws), steps.segment_steps)
-        for start, kept in zip(reversed(starts), reversed(segments), strict=True):
+        firsts = range(0, len(steps.draws), steps.segment_steps)
+        for first, kept in zip(reversed(firsts), reversed(segments), strict=True):
             states = [kept]
-            last = min(start + steps.segment_steps, len(steps.draws)) - 1
-            for step in range(start, last):
+            last = min(first + steps.segment_steps, len(steps.draws)) - 1
+            for step in range(first, last):
                 after = torch.empty_like(kept)
                 steps.advance(states[-1], after, step, cast)
                 states.append(after)
-            for step in range(last, start - 1, -1):
+            for step in range(last, first - 1, -1):
                 gradient = steps.retreat(states.pop(), gradient, step, cast, sums)
         return None, gradient, sums[0].sum(0), *sums[1:]
 
@@ -163,7 +167,7 @@ def filled_up(weight: Tensor, *shape: int) -> Tensor:
     return nn.functional.pad(weight, padding).contiguous()
 
 
-def width(n: int) -> int:
+def power_of_two(n: int) -> int:
     """Smallest power of two of at least n and 16, which matrix units take."""
     return max(1 << (n - 1).bit_length(), 16)
 
@@ -180,7 +184,7 @@ def packed(rule: list[Tensor]) -> list[Tensor]:
     """
     bias, update, perception, hidden = rule
     around, channels = perception.shape[:2]
-    padded, padded_around, size = width(channels), width(around), width(len(bias))
+    padded, padded_around, size = (power_of_two(n) for n in (channels, around, len(bias)))
     own, other = hidden.flatten(1).t().tensor_split([channels])
     dense = [filled_up(own, padded, size), filled_up(other, padded_around, size)]
     return [
@@ -191,9 +195,21 @@ def packed(rule: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Where Triton starts kernels."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return context
+
+
 def run(states: Tensor, rule: list[Tensor], steps: Steps) -> Tensor:
-    """States ``(B, C, *spatial)`` after all steps, with gradients where they are asked for."""
-    rows = states.movedim(1, -1).contiguous()
-    with torch.cuda.device_of(rows):  # where Triton starts kernels
-        after: Tensor = Trajectory.apply(steps, rows, *packed(rule))  # type: ignore[no-untyped-call]
-    return after.movedim(-1, 1)
+    """States ``(B, *spatial, C)`` after all steps, with gradients where they are asked for."""
+    with on_device_of(states):
+        after: Tensor = Trajectory.apply(steps, states, *packed(rule))  # type: ignore[no-untyped-call]
+    return after
+
+
+def probe(device: torch.device) -> None:
+    """Compile and start a kernel, which among others takes a C compiler and Python's headers."""
+    number = torch.zeros(1, device=device)
+    with on_device_of(number):
+        probe_kernel[(1,)](number)

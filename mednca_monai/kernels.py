@@ -1,15 +1,16 @@
 """A step of an automaton on an NVIDIA GPU as Triton kernels, forward and backward; see `fused`.
 
-A program of a kernel takes some cells through perception, hidden layer and update, of which nothing
-passes through the GPU's memory. Cells are counted through a whole batch, whose states are
+A program of a kernel takes some cells through perception, hidden layer and update, which forward do
+not pass through the GPU's memory. Cells are counted through a whole batch, whose states are
 ``(B, *spatial, C)``; a 2-D image is of depth 1. Products are of the weights' dtype, bfloat16 or
-float16; states and sums are float32. Widths are filled up to powers of two.
+float16; states and what products add up to are float32. Widths are filled up to powers of two.
 
 - ``states``, ``upstream``, ``downstream``: states and gradients after and before a step;
 - ``perception``, ``hidden``, ``bias``, ``update``: of `fused.packed`;
 - ``draws``, ``starts``, ``threshold``: of `fused.Steps`;
 - ``taps``: places in a neighbourhood of ``dims`` axes and ``radius``;
-- ``channels``, ``padded``: of a state; ``around``: what a cell perceives; ``size``: hidden layer;
+- ``channels``: of a state, ``padded``: their number filled up; ``around``: what a cell perceives;
+  ``hidden_size``: of the hidden layer;
 - ``block``: cells of a program.
 """
 
@@ -126,6 +127,12 @@ def store(
 
 
 @triton.jit
+def rectified(x):
+    """Negative numbers to zero; NaN stays."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
 def matrix(weights, rows: tl.constexpr, columns: tl.constexpr):
     """Matrix ``(rows, columns)`` in memory."""
     return tl.load(weights + tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :])
@@ -148,7 +155,7 @@ def perceive(
     channels: tl.constexpr,
     padded: tl.constexpr,
     around: tl.constexpr,
-    size: tl.constexpr,
+    hidden_size: tl.constexpr,
     block: tl.constexpr,
 ):
     """State of cells, what they perceive, in the products' dtype, and the hidden layer's sums."""
@@ -162,10 +169,13 @@ def perceive(
     perceived = perceived.to(dtype)
     cells = neighbours(place, taps // 2, depth, height, width, dims, radius)
     state = load(states, cells, is_inside, channels, padded)
-    sums = tl.zeros([block, size], tl.float32) + tl.load(bias + tl.arange(0, size))[None, :]
-    own = matrix(hidden, padded, size)
+    sums = (
+        tl.zeros([block, hidden_size], tl.float32)
+        + tl.load(bias + tl.arange(0, hidden_size))[None, :]
+    )
+    own = matrix(hidden, padded, hidden_size)
     sums = tl.dot(state.to(dtype), own, sums)
-    other = matrix(hidden + padded * size, around, size)
+    other = matrix(hidden + padded * hidden_size, around, hidden_size)
     sums = tl.dot(perceived, other, sums)
     return state, perceived, sums
 
@@ -191,7 +201,7 @@ def advance_kernel(
     channels: tl.constexpr,
     padded: tl.constexpr,
     around: tl.constexpr,
-    size: tl.constexpr,
+    hidden_size: tl.constexpr,
     sublattices: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -201,10 +211,10 @@ def advance_kernel(
     place = positions(cells, depth, height, width)
     state, _, sums = perceive(
         states, perception, hidden, bias, place, depth, height, width, is_inside,
-        dims, radius, taps, channels, padded, around, size, block,
+        dims, radius, taps, channels, padded, around, hidden_size, block,
     )  # fmt: skip
-    layer = tl.maximum(sums, 0.0).to(perception.dtype.element_ty)
-    change = tl.dot(layer, matrix(update, size, padded))
+    layer = rectified(sums).to(perception.dtype.element_ty)
+    change = tl.dot(layer, matrix(update, hidden_size, padded))
     fire = fires(draws, starts, threshold, place, depth, height, is_inside, dims, sublattices)
     state = tl.where(fire[:, None], state + change, state)
     store(after, cells, state, is_inside, channels, channels, padded)
@@ -237,32 +247,38 @@ def retreat_kernel(
     channels: tl.constexpr,
     padded: tl.constexpr,
     around: tl.constexpr,
-    size: tl.constexpr,
+    hidden_size: tl.constexpr,
     sublattices: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Gradients of what cells perceive and, past it, of their states; factors of the weights'."""
+    """Gradients of what cells perceive and, by all other ways, of their states.
+
+    The dense layers' gradients are products of what else it writes: features, gradients of the
+    hidden layer's sums, hidden layers, changes.
+    """
     dtype: tl.constexpr = perception.dtype.element_ty
     cells = tl.program_id(0) * block + tl.arange(0, block)
     is_inside = cells < count
     place = positions(cells, depth, height, width)
     state, perceived, sums = perceive(
         states, perception, hidden, bias, place, depth, height, width, is_inside,
-        dims, radius, taps, channels, padded, around, size, block,
+        dims, radius, taps, channels, padded, around, hidden_size, block,
     )  # fmt: skip
     store(features, cells, state.to(dtype), is_inside, padded, padded + around, padded)
     store(features + padded, cells, perceived, is_inside, around, padded + around, around)
-    store(layers, cells, tl.maximum(sums, 0.0).to(dtype), is_inside, size, size, size)
+    store(
+        layers, cells, rectified(sums).to(dtype), is_inside, hidden_size, hidden_size, hidden_size
+    )
     fire = fires(draws, starts, threshold, place, depth, height, is_inside, dims, sublattices)
     gradient = load(upstream, cells, is_inside, channels, padded)
     change = tl.where(fire[:, None], gradient, 0.0).to(dtype)
     store(changes, cells, change, is_inside, padded, padded, padded)
-    of_sum = tl.dot(change, tl.trans(matrix(update, size, padded)))
-    of_sum = tl.where(sums > 0.0, of_sum, 0.0).to(dtype)
-    store(of_sums, cells, of_sum, is_inside, size, size, size)
-    gradient = tl.dot(of_sum, tl.trans(matrix(hidden, padded, size)), gradient)
+    of_sum = tl.dot(change, tl.trans(matrix(update, hidden_size, padded)))
+    of_sum = tl.where(sums <= 0.0, 0.0, of_sum).to(dtype)
+    store(of_sums, cells, of_sum, is_inside, hidden_size, hidden_size, hidden_size)
+    gradient = tl.dot(of_sum, tl.trans(matrix(hidden, padded, hidden_size)), gradient)
     store(downstream, cells, gradient, is_inside, channels, channels, padded)
-    weight = tl.trans(matrix(hidden + padded * size, around, size))
+    weight = tl.trans(matrix(hidden + padded * hidden_size, around, hidden_size))
     gradient = tl.dot(of_sum, weight).to(dtype)
     store(of_around, cells, gradient, is_inside, around, around, around)
 
@@ -347,3 +363,9 @@ def retreat_to_states_kernel(
                         weight = tl.trans(weight)
                         sums = tl.dot(gradient, weight, sums)
     store(downstream, cells, sums, is_inside, channels, channels, padded)
+
+
+@triton.jit
+def probe_kernel(number):
+    """Write a number: shows whether Triton compiles and starts kernels."""
+    tl.store(number, 1.0)

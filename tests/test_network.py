@@ -280,7 +280,7 @@ def test_bfloat16_autocast_trains_and_is_close_to_double(
     network.float()
     with torch.autocast("cpu", torch.bfloat16):
         logits = network(image.float())
-        assert {weight.dtype for weight in network.levels[0].rule(gathers=True)} == {torch.float32}
+        assert {weight.dtype for weight in network.levels[0].rule(folds=True)} == {torch.float32}
     assert logits.dtype == torch.float32
     assert (logits.double() - expected).abs().max() < 5e-2 * max(1, expected.abs().max())
     logits.square().sum().backward()
