@@ -1,15 +1,19 @@
 """Memory of inference and training as ratios to the plain baseline; each case in a fresh process.
 
-The memory is the peak over what the process holds before a forward pass, or a forward and a
-backward pass; the plain baseline needs 20 GB in the last setting.
+Inference varies most between processes: the median of several is shown. The memory is the peak over
+what the process holds before a forward pass, or a forward and a backward pass; the plain baseline
+needs 20 GB in the last setting.
 
 Run: python benchmarks/memory_ratio.py
 """
+
+import statistics
 
 import torch
 from measure import alone, peak, resident
 from speed import infer, ours, train
 
+REPEATS = 5  # of inference
 INFERENCE = [(16, 64, 16, 1, 256), (32, 128, 64, 1, 256)]  # channels, hidden, steps, images, size
 TRAINING = [(16, 64, 16, 48, 64, 32), (32, 128, 64, 2, 256, 64), (32, 128, 64, 20, 256, 64)]
 
@@ -28,6 +32,12 @@ def case(name: str, segment_steps: int, settings: tuple[int, ...]) -> float:
     return peak() - before
 
 
+def memory(name: str, segment_steps: int, settings: tuple[int, ...]) -> float:
+    """Median MiB of fresh processes."""
+    repeats = REPEATS if settings in INFERENCE else 1
+    return statistics.median(alone(case, name, segment_steps, settings) for _ in range(repeats))
+
+
 if __name__ == "__main__":
     print("| pass | setting | images | network | segment_steps | MiB | part of plain |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -35,9 +45,9 @@ if __name__ == "__main__":
         num_channels, hidden_size, steps, batch, size, *patch = settings
         title = f"{num_channels} / {hidden_size}, {steps} + {steps}, {size}²"
         title = f"training | {title}, patch {patch[0]}²" if patch else f"inference | {title}"
-        plain = alone(case, "plain", 1, settings)
+        plain = memory("plain", 1, settings)
         print(f"| {title} | {batch} | plain |  | {plain:.0f} | 1 |", flush=True)
         for segment_steps in (1, 2, 4) if patch else ("",):
-            more = alone(case, "MedNCA", segment_steps, settings)
+            more = memory("MedNCA", segment_steps, settings)
             row = f"| {title} | {batch} | MedNCA | {segment_steps} | {more:.0f}"
             print(f"{row} | 1/{plain / more:.1f} |", flush=True)
