@@ -53,7 +53,7 @@ class PlainAutomaton(nn.Module):
         if self.norm is not None:
             x = self.channels_last(self.norm(self.channels_first(x)))
         change = self.update(nn.functional.relu(x))
-        fires = (torch.rand(*change.shape[:-1], 1) > 0.5).to(change)
+        fires = (torch.rand(*change.shape[:-1], 1, device=change.device) > 0.5).to(change)
         return state + change * fires
 
     def forward(self, state: Tensor) -> Tensor:

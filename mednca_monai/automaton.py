@@ -287,11 +287,10 @@ class CellularAutomaton(nn.Module):
         """Whether a GPU's kernels take whole steps: in 16 bits, rules that fit into registers."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return False
+        if is_traced() or x.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+            return False
         return (
-            not is_traced()
-            and has_kernels(x.device)
-            and torch.is_autocast_enabled(x.device.type)
-            and torch.get_autocast_dtype(x.device.type) in (torch.float16, torch.bfloat16)
+            torch.get_autocast_dtype("cuda") in (torch.float16, torch.bfloat16)
             and x.dtype == self.hidden.weight.dtype == torch.float32
             and self.is_dense
             and not self.is_normed
@@ -299,6 +298,7 @@ class CellularAutomaton(nn.Module):
             and self.perception.weight[0, 0].numel() <= 128
             and self.hidden.weight.shape[0] <= 128
             and min(x.shape[2:]) > self.radius
+            and has_kernels(x.device)
         )
 
     def perceives_all(self, x: Tensor) -> bool:
@@ -453,7 +453,7 @@ class CellularAutomaton(nn.Module):
         )
         size = list(image.shape[2:])
         cells = enlarge(coarse, Block(0, image.shape[0], 0, size[0]), size)
-        states = torch.cat([image.movedim(1, -1), cells.movedim(1, -1)], -1)
+        states = torch.cat([image.movedim(1, -1), cells.movedim(1, -1)], -1).contiguous()
         del cells
         return fused.run(states, rule, steps)[..., self.in_channels :].movedim(-1, 1)
 
@@ -476,10 +476,11 @@ def has_kernels(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
+    number = torch.zeros(1, device=device)
     try:
         from mednca_monai import fused  # Triton may be missing
 
-        fused.probe(device)
+        fused.probe(number)
     except Exception as error:
         message = f"MedNCA takes PyTorch's operations, as Triton does not work on '{device}': "
         logging.getLogger(__name__).warning(message + str(error))

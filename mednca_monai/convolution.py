@@ -145,7 +145,10 @@ def dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
 def exact_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, groups: int = 1
 ) -> Tensor:
-    """Convolve on a GPU without padding: deterministic, and float32 is not rounded to TF32."""
+    """Convolve on a GPU without padding: deterministic, and float32 is not rounded to TF32.
+
+    Depthwise convolutions are PyTorch's own: cuDNN's fast ones are of TF32.
+    """
     axes = x.dim() - 2
     return torch._convolution(
         x,
@@ -159,7 +162,7 @@ def exact_convolution(
         groups=groups,
         benchmark=False,
         deterministic=True,
-        cudnn_enabled=True,
+        cudnn_enabled=groups == 1,
         allow_tf32=False,
     )
 

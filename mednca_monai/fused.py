@@ -208,8 +208,7 @@ def run(states: Tensor, rule: list[Tensor], steps: Steps) -> Tensor:
     return after
 
 
-def probe(device: torch.device) -> None:
+def probe(number: Tensor) -> None:
     """Compile and start a kernel, which among others takes a C compiler and Python's headers."""
-    number = torch.zeros(1, device=device)
     with on_device_of(number):
         probe_kernel[(1,)](number)
