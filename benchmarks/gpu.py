@@ -8,36 +8,24 @@ inference also the latter's step by `torch.compile`. Rows in bfloat16 are under 
 Run: python benchmarks/gpu.py
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 from measure import interleaved
-from plain import PlainMedNCA
-from speed import infer, train
+from speed import infer, ours, train
 from torch import nn
-
-from mednca_monai import MedNCA
 
 REPEATS = 3
 
 
 def networks(compiled: bool) -> dict[str, nn.Module]:
-    """Both firings and the plain baselines, with random last layers."""
-    size = {"num_channels": 32, "hidden_size": 128}
-    plain = {"steps": (64, 64), **size}
-    result: dict[str, nn.Module] = {
-        "plain": PlainMedNCA(2, **plain),
-        "plain, axes in order": PlainMedNCA(2, **plain, in_order=True),
-        "MedNCA": MedNCA(2, 1, 1, **size),
-        "MedNCA, sublattices": MedNCA(2, 1, 1, **size, firing="sublattices"),
-    }
+    """Those of `speed.py` and, if asked for, the plain baseline with compiled steps."""
+    result = ours(32, 128, 64)
     if compiled:
-        network = result["plain, compiled"] = PlainMedNCA(2, **plain, in_order=True)
+        network = result["plain, compiled"] = copy.deepcopy(result["plain, axes in order"])
         for level in network.levels:
             level.step = torch.compile(level.step, dynamic=False)
-    for network in result.values():
-        for level in network.levels:
-            nn.init.normal_(level.update.weight, std=0.01)
     return {name: network.cuda() for name, network in result.items()}
 
 
@@ -64,8 +52,7 @@ def table(title: str, compiled: bool, make: Callable[[nn.Module], Callable[[], o
     cases: dict[str, Callable[[], object]] = {}
     for name, network in networks(compiled).items():
         cases[name] = finished(make(network))
-        half = torch.autocast("cuda", torch.bfloat16)
-        cases[f"{name}, bfloat16"] = half(finished(make(network)))
+        cases[f"{name}, bfloat16"] = torch.autocast("cuda", torch.bfloat16)(cases[name])
     seconds = interleaved(cases, REPEATS)
     print(
         f"\n{title}\n\n| network | milliseconds | times faster | MiB |\n| --- | --- | --- | --- |"
