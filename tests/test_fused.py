@@ -67,32 +67,26 @@ def case(request):
     return Case(network, torch.rand(2, 2, *size), torch.tensor([3, 2**40]), regions)
 
 
-@pytest.fixture
-def _interpreted(monkeypatch):
-    """Kernels run on the CPU, in float32."""
+@pytest.mark.skipif(not INTERPRETS, reason="needs TRITON_INTERPRET=1")
+def test_kernels_equal_pytorch(case, monkeypatch):
+    expected = case.results()
     monkeypatch.setattr(automaton.CellularAutomaton, "fuses", lambda *_: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.float32)
-
-
-@pytest.mark.skipif(not INTERPRETS, reason="needs TRITON_INTERPRET=1")
-def test_kernels_equal_pytorch(case, request):
-    expected = case.results()
-    request.getfixturevalue("_interpreted")
     assert_close(case.results(), expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         logits = case.network(case.image, case.seed, case.regions)
     assert_close(logits, expected[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.skipif(not ON_GPU or INTERPRETS, reason="needs a GPU: the interpreter always keeps it")
 def test_kernels_keep_nan():
-    network = MedNCA(2, 1, 1, num_channels=4, hidden_size=16, steps=1, num_levels=1)
+    network = MedNCA(2, 1, 1, num_channels=4, hidden_size=16, steps=1, num_levels=1).cuda()
     torch.nn.init.ones_(network.levels[0].hidden.bias)
     torch.nn.init.ones_(network.levels[0].update.weight)
-    image = torch.zeros(1, 1, 8, 8)
+    image = torch.zeros(1, 1, 8, 8, device="cuda")
     image[..., 3, 3] = torch.nan
-    assert network(image).isnan().any()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert network(image).isnan().any()
 
 
 @pytest.mark.skipif(not ON_GPU or INTERPRETS, reason="needs a GPU")
