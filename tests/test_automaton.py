@@ -31,8 +31,9 @@ def new_automaton(spatial_dims, **arguments):
     return CellularAutomaton(spatial_dims, 2, 5, **{**settings, **arguments}).double()
 
 
-def test_perception_and_hidden_layer_fold_where_that_is_faster(spatial_dims, rule):
-    automaton = new_automaton(spatial_dims, **rule)
+@pytest.mark.parametrize("fire_rate", [0.5, 1.0])  # where cells are gathered and where not
+def test_perception_and_hidden_layer_fold_where_that_is_faster(spatial_dims, rule, fire_rate):
+    automaton = new_automaton(spatial_dims, fire_rate=fire_rate, **rule)
     two = rule.get("hidden_size") == 64 or rule.get("perception") == "depthwise"
     folds = automaton.folds(torch.zeros(1, 2, *[4] * spatial_dims))
     assert folds != two
