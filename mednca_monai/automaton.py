@@ -471,8 +471,8 @@ class CellularAutomaton(nn.Module):
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether a device is an NVIDIA GPU, from Ampere on, for which Triton 3.3 or later compiles."""
-    if device.type != "cuda" or torch.version.cuda is None or not pytorch_after(2, 7):
+    """Whether a GPU is NVIDIA's, from Ampere on, and Triton 3.3 or later compiles for it."""
+    if torch.version.cuda is None or not pytorch_after(2, 7):
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False

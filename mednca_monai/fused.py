@@ -169,7 +169,7 @@ def filled_up(weight: Tensor, *shape: int) -> Tensor:
 
 def power_of_two(n: int) -> int:
     """Smallest power of two of at least n and 16, which matrix units take."""
-    return max(1 << (n - 1).bit_length(), 16)
+    return max(int(triton.next_power_of_2(n)), 16)
 
 
 def packed(rule: list[Tensor]) -> list[Tensor]:
