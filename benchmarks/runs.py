@@ -12,8 +12,9 @@
   each and without any.
 
 Two run at a time on one thread each, by `training.py`; the scores are those of the last epoch, mean
-± standard deviation over volumes. Called again, it goes on where it was interrupted and repeats
-nothing: after a change of the recipe choose another folder.
+± standard deviation over volumes; rms is the largest root mean square of a state in the log. Called
+again, it goes on where it was interrupted and repeats nothing: after a change of the recipe choose
+another folder.
 
 Run: python benchmarks/runs.py seeds|folds|images|networks|front|causes|paper dataset_dir output_dir
 """
@@ -22,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -196,6 +198,23 @@ def row(name: str, cases: np.ndarray) -> str:
     return f"| {' | '.join([name, whole, lowest, anterior, posterior])} |"
 
 
+def largest_state(log: str) -> str:
+    """Largest root mean square of a state that a log tells; nothing where it tells none."""
+    states = re.findall(r"state_rms_\d+: (\S+)", log)
+    return f"{max(map(float, states)):.0f}" if states else ""
+
+
+def difference(name: str, cases: np.ndarray, others: np.ndarray) -> str:
+    """Line on paired differences to other Dice of the same cases: mean ± standard error."""
+    differences = cases - others
+    kinds = {"whole": differences[:, -1], "mean of the parts": differences[:, :-1].mean(1)}
+    scores = (
+        f"{kind} {values.mean():+.4f} ± {values.std() / len(values) ** 0.5:.4f}"
+        for kind, values in kinds.items()
+    )
+    return f"{name}: {', '.join(scores)}"
+
+
 def main(kind: str, dataset_dir: str, output_dir: str) -> None:
     """Run all trainings of a kind and print the table as they end."""
     present = {case_name(case["image"]) for case in load_datalist(dataset_dir, None, "all")}
@@ -205,23 +224,28 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
     folder = Path(output_dir) / kind
     folder.mkdir(parents=True, exist_ok=True)
     runs = KINDS[kind]()
-    print("| run | whole | lowest | anterior | posterior | minutes |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    found: list[np.ndarray] = []
+    print("| run | whole | lowest | anterior | posterior | minutes | rms |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    found: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(2) as pool:
         ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name]), runs)
         for name, divergence in zip(runs, ends, strict=True):
             if divergence:
                 print(f"| {name} | {divergence} |", flush=True)
                 continue
-            found.append(np.loadtxt(folder / name / "cases.csv", delimiter=",", ndmin=2))
+            found[name] = np.loadtxt(folder / name / "cases.csv", delimiter=",", ndmin=2)
             minutes = (folder / name / "training.csv").read_text().splitlines()[-1].split(",")[1]
-            print(f"{row(name, found[-1])} {float(minutes):.0f} |", flush=True)
+            rms = largest_state((folder / name / "log.txt").read_text())
+            print(f"{row(name, found[name])} {float(minutes):.0f} | {rms} |", flush=True)
     if kind == "folds" and found:
-        print(f"{row(f'all of {len(found)} folds', np.concatenate(found))} |")
+        print(f"{row(f'all of {len(found)} folds', np.concatenate([*found.values()]))} |")
     if kind == "seeds" and found:
-        means = np.stack([np.nanmean(cases, 0) for cases in found])
+        means = np.stack([np.nanmean(cases, 0) for cases in found.values()])
         print(f"{row(f'means of {len(found)} seeds', means)} |")
+    if kind == "networks" and "MedNCA" in found:
+        ours = found.pop("MedNCA")
+        for name, cases in found.items():
+            print(difference(f"MedNCA over {name}", ours, cases))
 
 
 if __name__ == "__main__":
