@@ -242,10 +242,12 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
     if kind == "seeds" and found:
         means = np.stack([np.nanmean(cases, 0) for cases in found.values()])
         print(f"{row(f'means of {len(found)} seeds', means)} |")
-    if kind == "networks" and "MedNCA" in found:
-        ours = found.pop("MedNCA")
+    if kind in ("networks", "images"):
         for name, cases in found.items():
-            print(difference(f"MedNCA over {name}", ours, cases))
+            network, *volumes = name.split(", ")
+            ours = ", ".join(["MedNCA", *volumes])
+            if name != ours and ours in found:
+                print(difference(f"{ours} over {network}", found[ours], cases))
 
 
 if __name__ == "__main__":
