@@ -243,9 +243,14 @@ class DivergenceGuard:
         self.check(engine, "loss", output["loss"])
 
     def clip_gradient(self, engine: Engine) -> None:
-        """Clip the gradient; raise FloatingPointError where it is not finite."""
+        """Clip the gradient; raise FloatingPointError where it is not finite, unless scaled."""
+        scaler: Any = getattr(engine, "scaler", None)  # of a trainer with ``amp``
+        scales = scaler is not None and scaler.is_enabled()
+        if scales:
+            scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        self.check(engine, "gradient", norm)
+        if not scales:  # else the scaler leaves the step out, and scales less
+            self.check(engine, "gradient", norm)
 
     def check(self, engine: Engine, what: str, value: Tensor) -> None:
         """Raise FloatingPointError where ``value`` is not finite."""
@@ -280,9 +285,9 @@ class ResumableCheckpoint:
     """Keep two checkpoints, and resume from the last one when the training is started again.
 
     ``last.pt`` holds the state of all that training needs, after each epoch; ``best.pt`` is the
-    bare state dict of the model with the best validated key metric. Stock ``CheckpointSaver`` and
-    ``CheckpointLoader`` write in place, so that a kill leaves half a file, cannot hold the best
-    metric so far, and need the trainer that holds them.
+    bare state dict of the model with the best validated key metric. Stock ``CheckpointSaver``
+    writes in place, so that a kill leaves half a file; and to restore epoch and best metric, stock
+    handlers need the trainer that holds them, which a config cannot name.
 
     Args:
         save_dir: folder of both files.

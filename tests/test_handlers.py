@@ -167,6 +167,23 @@ def test_the_gradient_is_clipped_to_its_largest_norm(max_norm, weight):
     assert network.weight.tolist() == pytest.approx([weight], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("loss", "max_norm", "weight"),
+    [
+        (Losses(), 0.25, -0.75),
+        (Losses(), 10.0, -3.0),
+        (Losses(2, lambda mean: (mean - mean.detach()).sqrt()), 1.0, -2.5),  # a step left out
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_the_gradient_of_a_scaled_loss_is_clipped_unscaled(monkeypatch, loss, max_norm, weight):
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu"))
+    network, trainer = guarded_training(loss, max_norm)
+    trainer.amp = True
+    trainer.run()
+    assert network.weight.tolist() == pytest.approx([weight], rel=1e-5)
+
+
 def resumable_training(folder, scores, max_epochs, interval=1, width=1):
     """A stock trainer whose weight is minus the number of epochs, and its parts."""
     network = Line(width)
