@@ -7,12 +7,12 @@ from typing import Any, cast
 import torch
 from monai.engines.utils import PrepareBatch, default_prepare_batch
 from monai.inferers.inferer import Inferer
-from monai.utils.type_conversion import convert_to_dst_type, convert_to_tensor
+from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
 from mednca_monai.checks import check_finite, check_int, check_ints
-from mednca_monai.network import MedNCA, Region, crop
+from mednca_monai.network import MedNCA, Region, crop, with_meta
 
 
 def check_patch(roi_size: int | Sequence[int], shape: Sequence[int]) -> list[int]:
@@ -185,8 +185,7 @@ class TiledInferer(Inferer):
         module = unwrapped(network)
         if not hasattr(module, "norm_spans_cells"):  # TorchScript
             logits = network(image, seed=seed)
-            device = logits.device if self.device is None else self.device
-            return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=device)[0]
+            return with_meta(logits.to(self.device or logits.device), inputs)
         if module.norm_spans_cells():
             raise ValueError(
                 "`norm` must not span cells where an image is tiled, got a network whose "
@@ -205,7 +204,7 @@ class TiledInferer(Inferer):
         for start in starts:
             stop = [min(a + n, whole) for a, n, whole in zip(start, size, shape, strict=True)]
             logits[box(start, stop)] = self.tile(image, network, seed, start, stop).to(device)
-        return convert_to_dst_type(logits, inputs, dtype=logits.dtype, device=device)[0]
+        return with_meta(logits, inputs)
 
     @staticmethod
     def tile(
@@ -279,20 +278,21 @@ class EnsembleInferer(Inferer):
         for run in range(self.num_runs):
             logits = self.inferer(inputs, SeededNetwork(network, run), *args, **kwargs)
             logits = convert_to_tensor(logits, track_meta=False)
-            probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
-            change = probabilities - mean
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for the sums
+            values, channels = logits.sigmoid(), logits.shape[1]
+            if channels > 1:  # a sum, as 1 - P(background) rounds to 0 where that is nearly certain
+                probabilities = logits.softmax(1)
+                foreground = probabilities[:, 1:].sum(1, keepdim=True)
+                values = torch.cat([probabilities, foreground], 1)
+            change = values - mean
             mean = mean + change / (run + 1)
-            squares = squares + change * (probabilities - mean)
+            squares = squares + change * (values - mean)
         std = (squares / self.num_runs).sqrt()
-        # a sum over the foreground, as 1 - P(background) rounds to 0 where that is nearly certain;
-        # the standard deviation is the same, as it does not see the sign
-        foreground = mean if mean.shape[1] == 1 else mean[:, 1:]
-        total = foreground.flatten(1).sum(1).clamp_min(torch.finfo(mean.dtype).tiny)
-        nqm = std[:, :1].flatten(1).sum(1) / total
+        total = mean[:, -1].flatten(1).sum(1).clamp_min(torch.finfo(mean.dtype).tiny)
         return {
-            "mean": convert_to_dst_type(mean, inputs, dtype=mean.dtype)[0],
-            "std": convert_to_dst_type(std, inputs, dtype=std.dtype)[0],
-            "nqm": nqm,
+            "mean": with_meta(mean[:, :channels], inputs),
+            "std": with_meta(std[:, :channels], inputs),
+            "nqm": std[:, -1].flatten(1).sum(1) / total,
         }
 
 

@@ -13,6 +13,12 @@ from mednca_monai.checks import check_int, check_ints
 from mednca_monai.grid import Coarse
 
 
+def with_meta(x: Tensor, source: Tensor) -> Tensor:
+    """``x`` with the meta data that ``source`` has, if any; dtype and device stay its own."""
+    result: Tensor = convert_to_dst_type(x, source, dtype=x.dtype, device=x.device)[0]
+    return result
+
+
 class Region(NamedTuple):
     """A box of cells on one level, for each image of a batch: where it starts and how large it is.
 
@@ -217,7 +223,7 @@ class MedNCA(nn.Module):
         """
         if not torch.jit.is_scripting() and isinstance(image, MetaTensor):  # type: ignore[attr-defined]
             logits = self.forward(image.as_tensor(), seed, regions, origin)
-            return convert_to_dst_type(logits, image, dtype=logits.dtype)[0]
+            return with_meta(logits, image)
         self.check_image(image)
         seed = self.seeds(image, seed)
         factor = torch.tensor(self.scale_factor)
@@ -281,7 +287,7 @@ class MedNCA(nn.Module):
         """Whether a normalisation's statistics make a cell depend on cells far away."""
         norms = (level.get_submodule("norm") for level in self.levels)
         return any(
-            not isinstance(norm, nn.Identity)
+            not isinstance(norm, (nn.Identity, nn.LocalResponseNorm))
             and (norm.training or not getattr(norm, "track_running_stats", False))
             for norm in norms
         )

@@ -284,13 +284,20 @@ def test_tiles_keep_meta_and_go_to_the_device_that_is_asked_for(make_network, sp
 
 
 @pytest.mark.parametrize(
-    "norm", ["batch", "syncbatch", ("instance", {"track_running_stats": True})]
+    "norm",
+    [
+        "batch",
+        "syncbatch",
+        ("instance", {"track_running_stats": True}),
+        ("localresponse", {"size": 3}),
+    ],
 )
 def test_normalisation_that_cells_do_not_share_can_be_tiled(make_network, spatial_dims, size, norm):
     network = make_network(spatial_dims, norm=norm)
     for level in network.levels:
-        level.norm.running_mean.normal_()
-        level.norm.running_var.uniform_(0.5, 2)
+        for buffer in level.norm.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 2)
     image = make_image(size)
     assert_close(TiledInferer(6)(image, network), network(image), rtol=0, atol=1e-12)
 
@@ -388,16 +395,32 @@ def test_runs_that_agree_have_no_spread(make_network, spatial_dims, size):
     assert results["nqm"].max() < 1e-12
 
 
-def test_the_quality_metric_survives_an_image_that_is_all_background():
-    class Background:
-        def __call__(self, image, seed):
-            foreground = -200 - image.mul(seed.view(-1, 1, 1, 1))
-            return torch.cat([torch.zeros_like(image), foreground], 1)
+class Background:
+    """A network that is the less certain of the background, the larger image and seed are."""
 
+    def __init__(self, certainty):
+        self.certainty = certainty
+
+    def __call__(self, image, seed):
+        foreground = 2 * image * seed.view(-1, 1, 1, 1) - self.certainty
+        return torch.cat([torch.zeros_like(image), foreground], 1)
+
+
+def test_the_quality_metric_survives_an_image_that_is_all_background():
     image = torch.rand(2, 1, 8, 8)
-    nqm = EnsembleInferer(SimpleInferer(), num_runs=4)(image, Background())["nqm"]
+    nqm = EnsembleInferer(SimpleInferer(), num_runs=4)(image, Background(200))["nqm"]
     assert nqm.isfinite().all()
     assert (nqm >= 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float16, 0.05)])
+@pytest.mark.parametrize("certainty", [0, 20])
+def test_the_quality_metric_does_not_depend_on_the_precision(dtype, rtol, certainty):
+    image = torch.rand(2, 1, 300, 300).to(dtype)
+    ensemble, network = EnsembleInferer(SimpleInferer(), num_runs=4), Background(certainty)
+    expected = ensemble(image.double(), network)["nqm"]
+    assert expected.min() > 0.1
+    assert_close(ensemble(image, network)["nqm"].double(), expected, rtol=rtol, atol=0)
 
 
 # Wrong arguments
