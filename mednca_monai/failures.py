@@ -31,6 +31,14 @@ class FailSafeDataset(Dataset):
             return {FAILURE: reason(self.data[index]["image"], error)}
 
 
+def check_prediction(engine: Any) -> None:
+    """Raise ValueError where a prediction, or a part of it, holds NaN or infinite values."""
+    prediction = engine.state.output["pred"]
+    parts = prediction if isinstance(prediction, dict) else {"logits": prediction}
+    for name, values in parts.items():
+        check_finite(name, values)
+
+
 class FailedImagesError(RuntimeError):
     """Images that failed, with the reason for each."""
 
@@ -38,16 +46,13 @@ class FailedImagesError(RuntimeError):
 class FailSafeEvaluator(SupervisedEvaluator):
     """``monai.engines.SupervisedEvaluator`` of a `FailSafeDataset`, in batches of one image.
 
-    An image that cannot be read, segmented or saved is logged, and the next one follows, as one is
-    of which the weights make NaN or infinite values.
+    An image that cannot be read, segmented or saved, or of which the weights make NaN or infinite
+    values, is logged, and the next one follows.
     """
 
     def __init__(self, *args: Any, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
-        self.add_event_handler(
-            IterationEvents.FORWARD_COMPLETED,
-            lambda engine: check_finite("logits", engine.state.output["pred"]),
-        )
+        self.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_prediction)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Segment all images; the argument is the stock evaluator's.
