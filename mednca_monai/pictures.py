@@ -28,9 +28,10 @@ def outlines(label: NDArray[Any], width: int = 2) -> NDArray[np.bool_]:
     """Cells of a 2-D label map's classes that are within ``width`` cells of another class."""
     padded = np.pad(label, width)
     edge = np.zeros(label.shape, bool)
-    for row, column in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        moved = padded[row * width :, column * width :][: label.shape[0], : label.shape[1]]
-        edge |= moved != label
+    for shift in range(-width, width + 1):
+        for row, column in ((shift, 0), (0, shift)):
+            moved = padded[width + row :, width + column :][: label.shape[0], : label.shape[1]]
+            edge |= moved != label
     return edge & (label > 0)
 
 

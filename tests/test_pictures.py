@@ -103,6 +103,15 @@ def test_only_outlines_are_coloured():
     np.testing.assert_array_equal(picture, one)
 
 
+def test_the_outline_of_a_gap_begins_beside_it():
+    label = np.ones((1, 201, 201))
+    label[0, 100] = 0
+    picture = overlay_picture(np.zeros((1, 201, 201)), label)
+    row = (picture[100] == COLOURS[0]).all(-1)
+    coloured = [*range(2), *range(98, 100), *range(101, 103), *range(199, 201)]
+    assert np.flatnonzero(row).tolist() == coloured
+
+
 def test_a_structure_that_fills_the_slice_is_outlined_at_its_border():
     picture = overlay_picture(np.zeros((1, 50, 50)), np.ones((1, 50, 50)))
     assert (picture[[0, 1, -2, -1]] == COLOURS[0]).all()
