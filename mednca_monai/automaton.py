@@ -11,6 +11,7 @@ from monai.utils.module import pytorch_after
 from torch import Tensor, nn
 
 from mednca_monai.convolution import (
+    channels_last,
     dense_convolution,
     dense_layer,
     depthwise_convolution,
@@ -42,7 +43,7 @@ from mednca_monai.grid import (
 
 # glibc gives memory back to the system by the size of the largest block that was ever freed; after
 # this one (31 MiB, never touched) a step's temporaries are reused instead of mapped again each time
-torch.empty(31 * 2**18)
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 HIDDEN = 2**19  # numbers in a hidden layer at a time: near a processor's cache, few calls
 HIDDEN_ON_GPU = 2**25
 # up to which operations of one product, as a part of those of two, it takes no longer
@@ -172,12 +173,6 @@ class CellularAutomaton(nn.Module):
         """Whether a GPU is to compute in full float32, as other devices do."""
         return x.device.type == "cuda" and not self.training and not is_traced()
 
-    def channels_last(self, x: Tensor) -> Tensor:
-        """``(B, C, *spatial)`` with the channels last in memory, faster on CPU and GPU."""
-        if self.spatial_dims == 2:
-            return x.contiguous(memory_format=torch.channels_last)
-        return x.contiguous(memory_format=torch.channels_last_3d)
-
     def folds(self, x: Tensor) -> bool:
         """Whether perception and hidden layer, both linear, are one product: where that is faster.
 
@@ -209,11 +204,11 @@ class CellularAutomaton(nn.Module):
         no_image = [0, 0] * (1 + self.spatial_dims) + [self.in_channels, 0]
         update = nn.functional.pad(self.update.weight[self.in_channels :], no_image)
         if not folds:
-            return [bias, update, self.channels_last(self.perception.weight), weight]
+            return [bias, update, channels_last(self.perception.weight), weight]
         own, around = weight.tensor_split([self.num_channels], 1)
         kernel = torch.einsum("hp...,pc...->hc...", around, self.perception.weight)
         kernel = kernel + nn.functional.pad(own, [self.radius] * (2 * self.spatial_dims))
-        return [bias, update, self.channels_last(kernel)]
+        return [bias, update, channels_last(kernel)]
 
     def perceive(self, window: Tensor, kernel: Tensor, stride: int) -> Tensor:
         """Convolve a window by the rule's kernel, for all of its cells."""
@@ -238,7 +233,7 @@ class CellularAutomaton(nn.Module):
         bias, update, kernel = rule[:3]
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             window, kernel = autocast(window), autocast(kernel)
-        window = self.channels_last(window)
+        window = channels_last(window)
         if self.gathers(window):
             return self.change_of_cells(window, kernel, rule, fires)
         if len(rule) == 3:
@@ -246,7 +241,7 @@ class CellularAutomaton(nn.Module):
         else:
             around = self.perceive(window, kernel, stride)
             cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
-            x = self.convolve(self.channels_last(torch.cat([cells, around], 1)), rule[3], bias)
+            x = self.convolve(channels_last(torch.cat([cells, around], 1)), rule[3], bias)
         x = rectified(self.norm(x))
         change = self.convolve(x, update, None)
         # booleans are slow factors of bfloat16

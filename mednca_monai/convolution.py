@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight, conv3d_weight
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 ON_X86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere oneDNN may have no fast 3-D
 FEW = 2**22  # multiplications in a product, up to which a call of oneDNN takes longer than MKL's
@@ -41,6 +41,13 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """``(B, C, *spatial)`` with the channels last in memory, faster on CPU and GPU."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
 def is_traced() -> bool:
     """Whether a compiler or an exporter watches, which needs a plain graph."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -61,10 +68,7 @@ def is_fast_in_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def padded_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Dense convolution of ``(B, C, *spatial)``, padded with zeros."""
-    dims = x.dim() - 2
-    weight = weight.contiguous(
-        memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d
-    )
+    dims, weight = x.dim() - 2, channels_last(weight)
     if is_fast_in_onednn(x, weight):
         one = [1] * dims
         return torch.mkldnn_convolution(x, weight, bias, [padding] * dims, one, one, 1)
@@ -77,11 +81,14 @@ def turned(weight: Tensor) -> Tensor:
     return weight.transpose(0, 1).flip(*range(2, weight.dim()))
 
 
-@register_flop_formula(torch.ops.aten.mkldnn_convolution)
 def count_operations(x: list[int], weight: list[int], *_: Any, out_shape: list[int]) -> int:
     """Operations of oneDNN's convolution, for PyTorch's counter, which does not know it."""
     operations: int = conv_flop_count(x, weight, out_shape)
     return operations
+
+
+if torch.ops.aten.mkldnn_convolution not in flop_registry:  # which refuses a second formula
+    register_flop_formula(torch.ops.aten.mkldnn_convolution)(count_operations)
 
 
 def gradient_of_kernel(x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
