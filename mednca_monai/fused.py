@@ -1,7 +1,6 @@
 """All steps of an automaton by `mednca_monai.kernels`; only imported where there is a GPU."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -195,20 +194,14 @@ def packed(rule: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Where Triton starts kernels."""
-    context: AbstractContextManager[None] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
-    return context
-
-
 def run(states: Tensor, rule: list[Tensor], steps: Steps) -> Tensor:
     """States ``(B, *spatial, C)`` after all steps, with gradients where they are asked for."""
-    with on_device_of(states):
+    with torch.cuda.device(states.get_device()):  # where Triton starts kernels
         after: Tensor = Trajectory.apply(steps, states, *packed(rule))  # type: ignore[no-untyped-call]
     return after
 
 
 def probe(number: Tensor) -> None:
     """Compile and start a kernel, which among others takes a C compiler and Python's headers."""
-    with on_device_of(number):
+    with torch.cuda.device(number.get_device()):
         probe_kernel[(1,)](number)

@@ -149,7 +149,7 @@ def part(padded: Tensor, block: Block, radius: int) -> Tensor:
 def blocks(shape: list[int], radius: int, cells: int) -> list[Block]:
     """Cut a batch into blocks of about ``cells`` cells: several items, or rows of one item.
 
-    Blocks of rows start at even rows and are no lower than ``radius``.
+    Blocks of rows start at even rows and are no lower than ``radius``, but for an item's last.
 
     Args:
         shape: of the batch without borders, ``(B, C, *spatial)``.
