@@ -21,9 +21,17 @@ def check_ints(name: str, value: int | Sequence[int], count: int, of: str) -> li
     return [check_int(name, v, 1) for v in values]
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    """Raise ValueError where an image holds NaN or infinite values."""
+def check_finite(name: str, values: Tensor, where: str = "") -> None:
+    """Raise ValueError where an image holds NaN or infinite values; ``where`` ends the message."""
     parts = torch.split(values.flatten(), 2**20)  # a mask of a whole image could be as large as it
     count = sum(int((~part.isfinite()).sum()) for part in parts)
     if count > 0:
-        raise ValueError(f"`{name}` must be finite, got {count} NaN or infinite values.")
+        raise ValueError(f"`{name}` must be finite, got {count} NaN or infinite values{where}.")
+
+
+def check_classes(name: str, labels: Tensor, count: int, where: str = "") -> None:
+    """Raise ValueError where a label map holds anything but integers from 0 to ``count`` - 1."""
+    known = (labels >= 0) & (labels < count) & (labels == labels.round())
+    if not bool(known.all()):
+        value = float(labels[~known][0])
+        raise ValueError(f"`{name}` must hold integers from 0 to {count - 1}, got {value}{where}.")

@@ -22,7 +22,7 @@ from monai.utils.dist import string_list_all_gather
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 
-from mednca_monai.checks import check_int
+from mednca_monai.checks import check_classes, check_int
 from mednca_monai.data import case_name
 from mednca_monai.files import whole_file
 
@@ -102,12 +102,7 @@ class CaseMetric(CumulativeIterationMetric):
             )
         # on the CPU, where MONAI computes surface distances alike on all machines
         classes = convert_to_tensor(labels, track_meta=False, device="cpu", dtype=torch.float32)
-        known = (classes >= 0) & (classes < self.num_classes) & (classes == classes.round())
-        if not known.all():
-            raise ValueError(
-                f"`{name}` must hold integers from 0 to {self.num_classes - 1}, "
-                f"got {classes[~known][0].item()}."
-            )
+        check_classes(name, classes, self.num_classes)
         masks = [classes == number for number in range(1, self.num_classes)]
         return torch.cat([*masks, classes > 0] if len(masks) > 1 else masks)
 

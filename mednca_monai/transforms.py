@@ -16,6 +16,7 @@ from monai.transforms.transform import MapTransform
 from monai.utils.type_conversion import convert_to_numpy, convert_to_tensor
 from torch import Tensor
 
+from mednca_monai.checks import check_classes, check_finite
 from mednca_monai.files import whole_file
 
 
@@ -87,11 +88,7 @@ class CheckImaged(MapTransform):
                 raise ValueError(
                     f"`{key}` must have {self.in_channels} channels, got {len(image)} in '{name}'."
                 )
-            if not bool(image.isfinite().all()):
-                count = int((~image.isfinite()).sum())
-                raise ValueError(
-                    f"`{key}` must be finite, got {count} NaN or infinite values in '{name}'."
-                )
+            check_finite(str(key), image, f" in '{name}'")
             low, high = np.percentile(convert_to_numpy(image.flatten(1)), [0.5, 99.5], 1)
             if (low == high).any():
                 raise ValueError(
@@ -142,12 +139,7 @@ class CheckLabeld(MapTransform):
                         f"`{key}` must have the image's affine, got one that differs by "
                         f"{apart:.3g} in '{name}'."
                     )
-            known = (label >= 0) & (label < self.out_channels) & (label == label.round())
-            if not bool(known.all()):
-                raise ValueError(
-                    f"`{key}` must hold integers from 0 to {self.out_channels - 1}, "
-                    f"got {float(label[~known][0])} in '{name}'."
-                )
+            check_classes(str(key), label, self.out_channels, f" in '{name}'")
         return dict(data)
 
 
