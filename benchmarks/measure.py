@@ -19,8 +19,9 @@ OVERLAYS = {
 
 
 def peak() -> float:
-    """Peak resident memory of this process so far in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident memory of this process so far in MiB (Linux); getrusage's has the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def resident() -> float:
