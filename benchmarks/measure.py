@@ -19,7 +19,7 @@ OVERLAYS = {
 
 
 def peak() -> float:
-    """Peak resident memory of this process so far in MiB (Linux); getrusage's has the parent's."""
+    """Peak resident memory of this process in MiB (Linux); getrusage counts its parent's too."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 

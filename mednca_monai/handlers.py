@@ -217,7 +217,9 @@ class WeightAveraging:
 class DivergenceGuard:
     """Clip the gradient, and end the training before a loss or gradient that is not finite is used.
 
-    The weights stay as the last finite step left them; the error is a FloatingPointError.
+    The weights stay as the last finite step left them; the error is a FloatingPointError. Where the
+    trainer scales its loss (``amp``), the gradient is clipped unscaled, and one that is not finite
+    only leaves its step out, as the scaler does.
 
     Args:
         parameters: of the network.

@@ -185,7 +185,8 @@ class TiledInferer(Inferer):
         module = unwrapped(network)
         if not hasattr(module, "norm_spans_cells"):  # TorchScript
             logits = network(image, seed=seed)
-            return with_meta(logits.to(self.device or logits.device), inputs)
+            device = logits.device if self.device is None else self.device
+            return with_meta(logits.to(device), inputs)
         if module.norm_spans_cells():
             raise ValueError(
                 "`norm` must not span cells where an image is tiled, got a network whose "
@@ -262,7 +263,8 @@ class EnsembleInferer(Inferer):
         """Return a dict of ``mean`` and ``std`` (over the runs, of the probabilities), and ``nqm``.
 
         Probabilities are a sigmoid of one logit, a softmax of several (channel 0 is background);
-        ``mean`` and ``std`` are ``(B, out_channels, *spatial)``, ``nqm`` is ``(B,)``.
+        ``mean`` and ``std`` are ``(B, out_channels, *spatial)``, ``nqm`` is ``(B,)``; all lie where
+        the inner inferer's logits do, in float32 where these have 16 bits.
 
         Args:
             inputs: ``(B, in_channels, *spatial)``.

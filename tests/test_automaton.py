@@ -1,5 +1,8 @@
 """One level: borders, the rule itself, and how far a cell's influence travels."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -263,3 +266,13 @@ def test_sublattices_of_cells_that_see_only_themselves_train():
         state = torch.randn(1, 5, 120, 131)
         run(automaton, state, seed=(7,))[:, 2:].sum().backward()
     assert all(weight.grad.isfinite().all() for weight in automaton.parameters())
+
+
+def test_the_package_can_be_imported_again_and_under_another_default_device():
+    code = """if True:
+        import sys, torch, mednca_monai
+        for name in [name for name in sys.modules if name.startswith("mednca_monai")]:
+            del sys.modules[name]
+        torch.set_default_device("cuda")  # where there is none, whatever is made there fails
+        import mednca_monai"""
+    subprocess.run([sys.executable, "-c", code], check=True)
