@@ -281,11 +281,12 @@ class EnsembleInferer(Inferer):
             logits = self.inferer(inputs, SeededNetwork(network, run), *args, **kwargs)
             logits = convert_to_tensor(logits, track_meta=False)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # for the sums
-            values, channels = logits.sigmoid(), logits.shape[1]
-            if channels > 1:  # a sum, as 1 - P(background) rounds to 0 where that is nearly certain
-                probabilities = logits.softmax(1)
-                foreground = probabilities[:, 1:].sum(1, keepdim=True)
-                values = torch.cat([probabilities, foreground], 1)
+            channels = logits.shape[1]
+            if channels == 1:
+                values = logits.sigmoid()
+            else:  # a sum, as 1 - P(background) rounds to 0 where that is nearly certain
+                values = logits.softmax(1)
+                values = torch.cat([values, values[:, 1:].sum(1, keepdim=True)], 1)
             change = values - mean
             mean = mean + change / (run + 1)
             squares = squares + change * (values - mean)
