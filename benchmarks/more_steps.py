@@ -30,7 +30,7 @@ def evaluate(dataset_dir: str, factor: float) -> tuple[list[int], dict[str, dict
             dataset_dir=dataset_dir,
             output_dir=folder,
         )
-        steps = [round(workflow.parser["network_def"]["steps"] * factor)] * 2
+        steps = [round(n * factor) for n in workflow.parser["network_def"]["steps"]]
         workflow.parser["network_def"]["steps"] = steps
         workflow.initialize()
         workflow.run()
@@ -44,7 +44,7 @@ def show(dataset_dir: str, factor: float, note: str = "") -> None:
     means = [float(summary[f"dice_{name}"]["mean"]) for name in STRUCTURES]
     scores = [means[0], float(summary["dice_whole"]["min"]), *means[1:]]
     row = " | ".join(f"{score:.3f}" for score in scores)
-    print(f"| {steps[0]} + {steps[1]}{note} | {factor:g} | {row} |", flush=True)
+    print(f"| {' + '.join(map(str, steps))}{note} | {factor:g} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,19 @@ WITHOUT = {
         }
     },
 }  # the safeguards, by what leaves them out
+TWO_LEVELS = {
+    "num_levels": 2,
+    "scale_factor": 4,
+    "num_channels": 12,
+    "hidden_size": 96,
+    "steps": 16,
+}
 Changes = dict[str, Any]  # of the configs; ``overlay`` lists files, ``split`` is the split itself
+
+
+def network(**changes: Any) -> Changes:
+    """Changes of the network's arguments."""
+    return {f"network_def#{key}": value for key, value in changes.items()}
 
 
 def seeds() -> dict[str, Changes]:
@@ -100,37 +112,38 @@ def networks() -> dict[str, Changes]:
 
 def front() -> dict[str, Changes]:
     """Other sizes of the network, shortened to a third."""
+    two = TWO_LEVELS
     sizes = {
-        "12 and 96, 16 + 16": {},
-        "8 and 64, 16 + 16": {"num_channels": 8, "hidden_size": 64},
-        "16 and 128, 16 + 16": {"num_channels": 16, "hidden_size": 128},
-        "12 and 96, 8 + 8": {"steps": 8},
-        "12 and 96, 24 + 24": {"steps": 24},
-        "12 and 96, 16 + 12 + 8": {"num_levels": 3, "scale_factor": 2, "steps": [16, 12, 8]},
+        "10 and 64, 20 + 15 + 10": {},
+        "12 and 96, 20 + 15 + 10": {"num_channels": 12, "hidden_size": 96},
+        "8 and 64, 16 + 16": two | {"num_channels": 8, "hidden_size": 64},
+        "12 and 96, 8 + 8": two | {"steps": 8},
+        "12 and 96, 16 + 16": two,
+        "12 and 96, 24 + 24": two | {"steps": 24},
+        "16 and 128, 16 + 16": two | {"num_channels": 16, "hidden_size": 128},
     }  # channels and hidden size, steps from coarse to fine
-    runs: dict[str, Changes] = {}
-    for name, size in sizes.items():
-        changes = {f"network_def#{key}": value for key, value in size.items()}
-        runs[name] = {"max_epochs": EPOCHS // 3, **changes}
-    return runs
+    short = {"max_epochs": EPOCHS // 3}
+    return {name: short | network(**size) for name, size in sizes.items()}
 
 
 def causes() -> dict[str, Changes]:
-    """14 epochs on small patches without varied iterations, and what changes bring."""
-    half, all_cells = {"network_def#fire_rate": 0.5}, {"network_def#fire_rate": 1.0}
-    longer = {"network_def#steps": 24}
-    runs: dict[str, Changes] = {
+    """14 epochs of two levels on small patches without varied iterations, and what changes do."""
+    half, longer = {"fire_rate": 0.5}, {"steps": 24}
+    networks = {
         "fire rate 0.5": half,
         "fire rate 0.5, 24 + 24 steps": half | longer,
-        "fire rate 0.5, scale factor 2": half | {"network_def#scale_factor": 2},
-        "fire rate 0.75": {"network_def#fire_rate": 0.75},
+        "fire rate 0.5, scale factor 2": half | {"scale_factor": 2},
+        "fire rate 0.75": {"fire_rate": 0.75},
         "fire rate 0.9": {},
-        "fire rate 1": all_cells,
-        "fire rate 1, 24 + 24 steps": all_cells | longer,
-        "fire rate 0.9, patches of 28 x 38 x 28": {"roi_size": [28, 38, 28]},
+        "fire rate 1": {"fire_rate": 1.0},
+        "fire rate 1, 24 + 24 steps": {"fire_rate": 1.0} | longer,
+        "fire rate 0.9, patches of 28 x 38 x 28": {},
     }
-    short = {"max_epochs": 14, "train#handlers#4#last_epochs": 0, "roi_size": [20, 24, 20]}
-    return {name: short | changes for name, changes in runs.items()}
+    usual = {"train#handlers#4#steps": [1, 1], "train#handlers#4#last_epochs": 0}
+    short = {"max_epochs": 14, "roi_size": [20, 24, 20]} | usual
+    runs = {name: short | network(**TWO_LEVELS | changes) for name, changes in networks.items()}
+    runs["fire rate 0.9, patches of 28 x 38 x 28"]["roi_size"] = [28, 38, 28]
+    return runs
 
 
 def paper() -> dict[str, Changes]:
@@ -244,10 +257,10 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
         print(f"{row(f'means of {len(found)} seeds', means)} |")
     if kind in ("networks", "images"):
         for name, cases in found.items():
-            network, *volumes = name.split(", ")
+            other, *volumes = name.split(", ")
             ours = ", ".join(["MedNCA", *volumes])
             if name != ours and ours in found:
-                print(difference(f"{ours} over {network}", found[ours], cases))
+                print(difference(f"{ours} over {other}", found[ours], cases))
 
 
 if __name__ == "__main__":

@@ -51,21 +51,23 @@ class EpochSeed:
 
 
 class VariedIterations:
-    """In the last epochs, draw how many steps each iteration takes and how large its patches are.
+    """Draw how many steps each iteration takes and, in the last epochs, how large its patches are.
 
-    More steps then do little harm, and larger patches teach the fine level what the mirrored border
-    of a small one does not; what comes before is learnt sooner without. The draw depends on the
-    iteration's number alone, not on the training's seed: processes agree, and a training resumes
-    unchanged.
+    More steps than usual then do little harm, and larger patches teach the fine level what the
+    mirrored border of a small one does not; what is drawn in the last epochs alone would make the
+    others slow to learn. The draw depends on the iteration's number alone, not on the training's
+    seed: processes agree, and a training resumes unchanged.
 
     Args:
         network: that is trained.
         patches: inferer and batch preparation of the trainer, whose ``roi_size`` varies.
+        steps: lowest and highest factor of ``network.steps``, above 0; each iteration draws its
+            own from between, the same for all levels.
         variants: of an iteration, each with a ``weight`` (how likely it is, at least 0), ``steps``
-            (factor of ``network.steps``, above 0) and a ``roi_size``. The factor grows from
-            epoch to epoch and is ``steps`` from the middle of these epochs on: many more steps at
-            once would let the states grow.
-        last_epochs: so many (at least 0) at the end of each run of the trainer draw.
+            (above 0, another factor) and a ``roi_size``. This factor grows from epoch to epoch and
+            is ``steps`` from the middle of the last epochs on: many more steps at once would let
+            the states grow.
+        last_epochs: so many (at least 0) at the end of each run of the trainer draw a variant.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -75,9 +77,12 @@ class VariedIterations:
         self,
         network: MedNCA,
         patches: Sequence[RandomPatchInferer | RandomPatchBatch],
+        steps: Sequence[float],
         variants: Sequence[Mapping[str, Any]],
         last_epochs: int,
     ) -> None:
+        if len(steps) != 2 or not 0 < steps[0] <= steps[1] < math.inf:
+            raise ValueError(f"`steps` must be the lowest and highest, above 0, got {steps!r}.")
         if any(set(variant) != {"weight", "steps", "roi_size"} for variant in variants):
             raise ValueError(
                 f"`variants` must each have weight, steps and roi_size, got {variants!r}."
@@ -91,6 +96,7 @@ class VariedIterations:
             check_ints("roi_size", variant["roi_size"], network.spatial_dims, "axis")
         self.network = network
         self.patches = patches
+        self.steps = steps
         self.variants = [(variant["steps"], variant["roi_size"]) for variant in variants]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.last_epochs = check_int("last_epochs", last_epochs, 0)
@@ -103,15 +109,18 @@ class VariedIterations:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def draw(self, engine: Engine) -> None:
-        """Take a variant for this iteration."""
-        left = (engine.state.max_epochs or 0) - engine.state.epoch
-        if not 0 <= left < self.last_epochs:
-            return
+        """Take a factor for this iteration, and a variant in the last epochs."""
         generator = torch.Generator().manual_seed(engine.state.iteration)
-        drawn = int(torch.multinomial(self.weights, 1, generator=generator))
-        factor, roi_size = self.variants[drawn]
-        ramp = min(1, 2 - 2 * left / self.last_epochs)
-        self.vary(1 + (factor - 1) * ramp, [roi_size] * len(self.patches))
+        lowest, highest = self.steps
+        factor = lowest + (highest - lowest) * float(torch.rand(1, generator=generator))
+        roi_sizes = self.roi_sizes
+        left = (engine.state.max_epochs or 0) - engine.state.epoch
+        if 0 <= left < self.last_epochs:
+            drawn = int(torch.multinomial(self.weights, 1, generator=generator))
+            times, roi_size = self.variants[drawn]
+            factor *= 1 + (times - 1) * min(1, 2 - 2 * left / self.last_epochs)
+            roi_sizes = [roi_size] * len(self.patches)
+        self.vary(factor, roi_sizes)
 
     def restore(self, engine: Engine) -> None:
         """Let network and patches be as they were."""

@@ -360,14 +360,14 @@ def test_preprocessing_is_what_numpy_makes_of_it(tmp_path, axes, shape):
     np.testing.assert_allclose(image[0].numpy(), expected, rtol=0, atol=1e-5)
 
 
-def random_network(steps=16):
+def random_network():
     """The bundle's network with weights that no training leaves: it tells its classes apart."""
     settings = {
         key: value
         for key, value in read("inference.json")["network_def"].items()
         if not key.startswith("_") and not str(value).startswith("@")
     }
-    network = MedNCA(in_channels=1, out_channels=3, **{**settings, "steps": steps})
+    network = MedNCA(in_channels=1, out_channels=3, **settings)
     for level in network.levels:
         torch.nn.init.normal_(level.update.weight, std=0.1)
     return network.eval()

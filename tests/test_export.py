@@ -89,7 +89,7 @@ def test_the_bundle_runs_from_the_torchscript_model(bundle, tmp_path):
 
 def test_the_shipped_models_are_small():
     sizes = {name: (BUNDLE / "models" / name).stat().st_size for name in ("model.ts", "model.onnx")}
-    assert max(sizes.values()) < 400_000, sizes
+    assert max(sizes.values()) < 420_000, sizes
 
 
 def test_the_shipped_torchscript_model_gives_the_shipped_weights_logits():

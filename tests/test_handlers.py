@@ -385,7 +385,7 @@ def variant(weight, steps, roi_size=4):
     return {"weight": weight, "steps": steps, "roi_size": roi_size}
 
 
-def varied_training(variants, start=0, max_epochs=10, last_epochs=10):
+def varied_training(variants, start=0, max_epochs=10, last_epochs=10, steps=(1, 1)):
     """Steps of both levels and size of the patch in each iteration; then all is as before."""
     network = MedNCA(2, 1, 1, steps=(8, 6))
     patches = [RandomPatchInferer(9), RandomPatchBatch((9, 9))]
@@ -397,7 +397,7 @@ def varied_training(variants, start=0, max_epochs=10, last_epochs=10):
 
     engine = Engine(note)
     engine.add_event_handler(Events.STARTED, resume_after(start))
-    VariedIterations(network, patches, variants, last_epochs).attach(engine)
+    VariedIterations(network, patches, steps, variants, last_epochs).attach(engine)
     engine.run([0] * ITERATIONS, max_epochs=max_epochs)
     assert [level.steps for level in network.levels] == [8, 6]
     assert [patch.roi_size for patch in patches] == [9, (9, 9)]
@@ -420,10 +420,22 @@ def test_variants_are_drawn_in_the_last_epochs(last_epochs):
     assert {i for i, found in seen.items() if found == ((8, 6), 9, (9, 9))} == {*range(1, first)}
 
 
-def test_a_run_of_unknown_length_never_draws():
+@pytest.mark.parametrize(("last_epochs", "times"), [(0, 1), (200, 2)])
+def test_each_iteration_draws_its_steps(last_epochs, times):
+    steps = (0.75, 1.5)
+    seen = varied_training(
+        [variant(1, times)], max_epochs=200, last_epochs=last_epochs, steps=steps
+    )
+    coarse = [found[0][0] / times for i, found in seen.items() if i > 100 * ITERATIONS]
+    assert (min(coarse), max(coarse)) == (6, 12)
+    assert sum(coarse) / len(coarse) == pytest.approx(9, abs=0.3)
+    assert all(abs(found[0][1] - 0.75 * found[0][0]) <= 1 for found in seen.values())
+
+
+def test_a_run_of_unknown_length_never_draws_a_variant():
     network, seen = MedNCA(2, 1, 1, steps=8), []
     engine = Engine(lambda engine, batch: seen.append(network.levels[0].steps))
-    VariedIterations(network, [], [variant(1, 2)], last_epochs=3).attach(engine)
+    VariedIterations(network, [], (1, 1), [variant(1, 2)], last_epochs=3).attach(engine)
     engine.run([0], max_iters=2)
     assert seen == [8, 8]
 
@@ -438,7 +450,7 @@ def test_each_run_of_a_trainer_draws_in_its_own_last_epochs():
     seen = []
     network = MedNCA(2, 1, 1, steps=8)
     engine = Engine(lambda engine, batch: seen.append(network.levels[0].steps))
-    VariedIterations(network, [], [variant(1, 2)], last_epochs=1).attach(engine)
+    VariedIterations(network, [], (1, 1), [variant(1, 2)], last_epochs=1).attach(engine)
     for max_epochs in (3, 5):  # as a federated client's rounds do
         engine.state.max_epochs = max_epochs
         engine.run([0])
@@ -447,10 +459,17 @@ def test_each_run_of_a_trainer_draws_in_its_own_last_epochs():
 
 def test_a_training_that_resumes_draws_the_same_variants():
     variants = [variant(1, steps, round(10 * steps)) for steps in (0.1, 1, 2, 4)]
-    whole = varied_training(variants)
+    whole = varied_training(variants, steps=(0.75, 1.5))
     assert min(whole.values()) == ((1, 1), 1, 1)
-    resumed = varied_training(variants, start=4)
+    resumed = varied_training(variants, start=4, steps=(0.75, 1.5))
     assert resumed == {i: found for i, found in whole.items() if i > 4 * ITERATIONS}
+
+
+@pytest.mark.parametrize("steps", [(1,), (1, 2, 3), (2, 1), (0, 1), (math.nan, 1), (1, math.inf)])
+def test_wrong_steps_are_refused(steps):
+    message = f"`steps` must be the lowest and highest, above 0, got {steps!r}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VariedIterations(MedNCA(2, 1, 1), [], steps, [variant(1, 1)], last_epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +491,7 @@ def test_a_training_that_resumes_draws_the_same_variants():
 )
 def test_wrong_variants_are_refused(variants, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        VariedIterations(MedNCA(2, 1, 1), [], variants, last_epochs=1)
+        VariedIterations(MedNCA(2, 1, 1), [], (1, 1), variants, last_epochs=1)
 
 
 def test_an_error_in_a_varied_iteration_leaves_the_network_as_it_was():
@@ -482,7 +501,7 @@ def test_an_error_in_a_varied_iteration_leaves_the_network_as_it_was():
 
     network, inferer = MedNCA(2, 1, 1, steps=8), RandomPatchInferer(9)
     engine = Engine(fail)
-    VariedIterations(network, [inferer], [variant(1, 2)], last_epochs=1).attach(engine)
+    VariedIterations(network, [inferer], (1, 1), [variant(1, 2)], last_epochs=1).attach(engine)
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         engine.run([0])
     assert [level.steps for level in network.levels] == [8, 8]
@@ -491,7 +510,7 @@ def test_an_error_in_a_varied_iteration_leaves_the_network_as_it_was():
 
 def test_the_last_epochs_must_be_a_number_of_epochs():
     with pytest.raises(ValueError, match="`last_epochs` must be an integer of at least 0, got -1"):
-        VariedIterations(MedNCA(2, 1, 1), [], [variant(1, 1)], last_epochs=-1)
+        VariedIterations(MedNCA(2, 1, 1), [], (1, 1), [variant(1, 1)], last_epochs=-1)
 
 
 def test_the_largest_state_of_an_epoch_is_logged():

@@ -18,6 +18,7 @@ from mednca_monai.firing import independent_fires, row_digests, step_digests
 BUNDLE = Path(__file__).parents[1] / "bundle"
 SCRIPT = BUNDLE / "scripts" / "segment.py"
 SETTINGS = {"num_channels": 6, "hidden_size": 16, "steps": [3, 4]}
+SHIPPED = {"num_levels": 3, "scale_factor": 2, "num_channels": 10, "hidden_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,7 @@ def test_its_logits_are_the_networks(script, size, tmp_path):
 
 @pytest.mark.parametrize("turn", [np.eye(3), [[0, 0.28, -1.92], [-0.5, 0, 0], [0, 0.96, 0.56]]])
 def test_its_segmentation_is_the_bundles(tmp_path, turn):
-    torch.save(
-        make_network(0.03, num_channels=12, hidden_size=96, steps=16).state_dict(),
-        tmp_path / "w.pt",
-    )
+    torch.save(make_network(0.03, **SHIPPED, steps=1).state_dict(), tmp_path / "w.pt")
     volume = np.random.default_rng(0).normal(50, 10, (20, 26, 18)).astype(np.float32)
     affine = np.eye(4)
     affine[:3, :3] = turn
@@ -135,7 +133,7 @@ def make_files(folder):
     doubled.header["pixdim"][1:4] = 2
     doubled.set_sform(np.eye(4), update_affine=False)
     nibabel.save(doubled, folder / "doubled.nii")
-    network = make_network(num_channels=12, hidden_size=96, steps=1)
+    network = make_network(**SHIPPED, steps=1)
     network.levels[0].update.weight.data[1] = np.nan
     torch.save(network.state_dict(), folder / "nan.pt")
     torch.save([torch.ones(2)], folder / "list.pt")
