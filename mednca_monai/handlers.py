@@ -81,7 +81,8 @@ class VariedIterations:
         variants: Sequence[Mapping[str, Any]],
         last_epochs: int,
     ) -> None:
-        if len(steps) != 2 or not 0 < steps[0] <= steps[1] < math.inf:
+        pair = isinstance(steps, Sequence) and len(steps) == 2
+        if not (pair and 0 < steps[0] <= steps[1] < math.inf):
             raise ValueError(f"`steps` must be the lowest and highest, above 0, got {steps!r}.")
         if any(set(variant) != {"weight", "steps", "roi_size"} for variant in variants):
             raise ValueError(

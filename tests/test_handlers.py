@@ -465,7 +465,9 @@ def test_a_training_that_resumes_draws_the_same_variants():
     assert resumed == {i: found for i, found in whole.items() if i > 4 * ITERATIONS}
 
 
-@pytest.mark.parametrize("steps", [(1,), (1, 2, 3), (2, 1), (0, 1), (math.nan, 1), (1, math.inf)])
+@pytest.mark.parametrize(
+    "steps", [1, (1,), (1, 2, 3), (2, 1), (0, 1), (math.nan, 1), (1, math.inf)]
+)
 def test_wrong_steps_are_refused(steps):
     message = f"`steps` must be the lowest and highest, above 0, got {steps!r}."
     with pytest.raises(ValueError, match=re.escape(message)):
