@@ -6,8 +6,8 @@
   `BasicUNet` on the same;
 - networks: the recipe by each network, UNets for 30 epochs;
 - front: other channels, hidden sizes, steps and levels, a third of the recipe's length;
-- causes: 14 epochs on small patches without varied iterations, other fire rates, steps, scales
-  and patches;
+- causes: 14 epochs of two levels on small patches without varied iterations, other fire rates,
+  steps, scales and patches;
 - paper: the paper's network and optimizer on slices, five seeds with all safeguards, then without
   each and without any.
 
@@ -89,12 +89,12 @@ def images() -> dict[str, Changes]:
     runs: dict[str, Changes] = {}
     shuffled = np.random.default_rng(0).permutation(SPLIT["training"]).tolist()
     iterations = EPOCHS // 3 * math.ceil(len(shuffled) / BATCH)
-    for network in ("MedNCA", "BasicUNet"):
+    for kind in ("MedNCA", "BasicUNet"):
         for percent in (5, 20, 100):
             training = sorted(shuffled[: round(len(shuffled) * percent / 100)])
-            name = f"{network}, {len(training)} volumes"
+            name = f"{kind}, {len(training)} volumes"
             runs[name] = {
-                "overlay": OVERLAYS[network],
+                "overlay": OVERLAYS[kind],
                 "split": {**SPLIT, "training": training},
                 "max_epochs": iterations // math.ceil(len(training) / BATCH),
             }
@@ -129,7 +129,7 @@ def front() -> dict[str, Changes]:
 def causes() -> dict[str, Changes]:
     """14 epochs of two levels on small patches without varied iterations, and what changes do."""
     half, longer = {"fire_rate": 0.5}, {"steps": 24}
-    networks = {
+    changes = {
         "fire rate 0.5": half,
         "fire rate 0.5, 24 + 24 steps": half | longer,
         "fire rate 0.5, scale factor 2": half | {"scale_factor": 2},
@@ -141,7 +141,7 @@ def causes() -> dict[str, Changes]:
     }
     usual = {"train#handlers#4#steps": [1, 1], "train#handlers#4#last_epochs": 0}
     short = {"max_epochs": 14, "roi_size": [20, 24, 20]} | usual
-    runs = {name: short | network(**TWO_LEVELS | changes) for name, changes in networks.items()}
+    runs = {name: short | network(**TWO_LEVELS | change) for name, change in changes.items()}
     runs["fire rate 0.9, patches of 28 x 38 x 28"]["roi_size"] = [28, 38, 28]
     return runs
 

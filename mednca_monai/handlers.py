@@ -53,10 +53,11 @@ class EpochSeed:
 class VariedIterations:
     """Draw how many steps each iteration takes and, in the last epochs, how large its patches are.
 
-    More steps than usual then do little harm, and larger patches teach the fine level what the
-    mirrored border of a small one does not; what is drawn in the last epochs alone would make the
-    others slow to learn. The draw depends on the iteration's number alone, not on the training's
-    seed: processes agree, and a training resumes unchanged.
+    More steps than usual then do little harm, which steps drawn in the last epochs alone do not
+    reach, and larger patches teach the finer levels what the mirrored border of a small one does
+    not; these, and many more steps, would make the first epochs slow. The draw depends on the
+    iteration's number alone, not on the training's seed: processes agree, and a training resumes
+    unchanged.
 
     Args:
         network: that is trained.
@@ -82,8 +83,11 @@ class VariedIterations:
         last_epochs: int,
     ) -> None:
         pair = isinstance(steps, Sequence) and len(steps) == 2
-        if not (pair and 0 < steps[0] <= steps[1] < math.inf):
-            raise ValueError(f"`steps` must be the lowest and highest, above 0, got {steps!r}.")
+        numbers = pair and all(isinstance(factor, (int, float)) for factor in steps)
+        if not (numbers and 0 < steps[0] <= steps[1] < math.inf):
+            raise ValueError(
+                f"`steps` must be two finite factors above 0, the lowest first, got {steps!r}."
+            )
         if any(set(variant) != {"weight", "steps", "roi_size"} for variant in variants):
             raise ValueError(
                 f"`variants` must each have weight, steps and roi_size, got {variants!r}."

@@ -208,6 +208,13 @@ def test_the_benchmarks_paper_changes_what_it_means_to():
     train.update(overlay)
     larger = train.get_parsed_content("train#handlers#4#variants#0#roi_size")
     assert larger == [28, 38]
+    assert parse("train.json")["train#handlers#4#steps"] == [0.6, 1.2]
+    assert train["train#handlers#4#steps"] == [1, 1]
+
+
+def test_the_end_of_a_training_is_validated():
+    train = parse("train.json")
+    assert train["max_epochs"] % train.get_parsed_content("val_interval") == 0
 
 
 def test_metadata_follows_the_schema(shared):

@@ -19,13 +19,14 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
+THE_BUNDLES = {"num_levels": 3, "scale_factor": 2, "num_channels": 10, "hidden_size": 64}
 CASES = {
     "the paper's": (2, (9, 14), {"num_channels": 32, "hidden_size": 128}),
     "short axis": (2, (2, 9), {"num_levels": 1}),
     "single cell": (2, (4, 5), {"kernel_size": 1, "num_levels": 1}),
     "wide": (2, (7, 9), {"kernel_size": 5, "num_levels": 1, "fire_rate": 0.9}),
     "sublattices": (2, (9, 12), {"firing": "sublattices", "segment_steps": 1}),
-    "the bundle's": (3, (5, 6, 7), {"num_channels": 12, "hidden_size": 96, "scale_factor": 2}),
+    "the bundle's": (3, (7, 8, 9), THE_BUNDLES),
     "sublattices in 3-D": (3, (3, 4, 5), {"firing": "sublattices", "num_levels": 1}),
 }
 
@@ -92,7 +93,7 @@ def test_kernels_keep_nan():
 @pytest.mark.skipif(not ON_GPU or INTERPRETS, reason="needs a GPU")
 @pytest.mark.parametrize("perception", ["dense", "depthwise"])
 def test_a_gpu_gives_the_logits_of_the_cpu_in_float32(perception):
-    network = MedNCA(3, 1, 2, num_channels=12, hidden_size=96, steps=8, perception=perception)
+    network = MedNCA(3, 1, 2, **THE_BUNDLES, steps=8, perception=perception)
     for level in network.levels:
         torch.nn.init.normal_(level.update.weight, std=0.05)
     image = torch.rand(2, 1, 20, 18, 16)

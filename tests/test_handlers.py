@@ -430,6 +430,8 @@ def test_each_iteration_draws_its_steps(last_epochs, times):
     assert (min(coarse), max(coarse)) == (6, 12)
     assert sum(coarse) / len(coarse) == pytest.approx(9, abs=0.3)
     assert all(abs(found[0][1] - 0.75 * found[0][0]) <= 1 for found in seen.values())
+    sizes = {found[1:] for found in seen.values()}
+    assert sizes == {(4, 4) if last_epochs else (9, (9, 9))}
 
 
 def test_a_run_of_unknown_length_never_draws_a_variant():
@@ -466,10 +468,22 @@ def test_a_training_that_resumes_draws_the_same_variants():
 
 
 @pytest.mark.parametrize(
-    "steps", [1, (1,), (1, 2, 3), (2, 1), (0, 1), (math.nan, 1), (1, math.inf)]
+    "steps",
+    [
+        1,
+        "ab",
+        (1,),
+        ("0.6", "1.2"),
+        (None, 1),
+        (1, 2, 3),
+        (2, 1),
+        (0, 1),
+        (math.nan, 1),
+        (1, math.inf),
+    ],
 )
 def test_wrong_steps_are_refused(steps):
-    message = f"`steps` must be the lowest and highest, above 0, got {steps!r}."
+    message = f"`steps` must be two finite factors above 0, the lowest first, got {steps!r}."
     with pytest.raises(ValueError, match=re.escape(message)):
         VariedIterations(MedNCA(2, 1, 1), [], steps, [variant(1, 1)], last_epochs=1)
 
