@@ -17,6 +17,7 @@ again, it goes on where it was interrupted and repeats nothing: after a change o
 another folder.
 
 Run: python benchmarks/runs.py seeds|folds|images|networks|front|causes|paper dataset_dir output_dir
+[--key JSON ...] (more changes of the config for all of them)
 """
 
 import argparse
@@ -169,8 +170,10 @@ def has_ended(folder: Path, epochs: int) -> bool:
     return table.exists() and f"\n{epochs}," in "\n" + table.read_text()
 
 
-def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
+def train(dataset_dir: str, folder: Path, changes: Changes, arguments: list[str]) -> str:
     """Run one training to its end, where it is not yet there; its last log is beside its table.
+
+    ``arguments`` are more of `training.py`.
 
     Returns:
         Why it diverged, or nothing.
@@ -191,6 +194,7 @@ def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
         changes["split_file"] = str(path)
     for key, value in {"val_interval": epochs, **changes}.items():
         command += [f"--{key}", json.dumps(value)]
+    command += arguments
     with open(log, "w") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
@@ -228,8 +232,8 @@ def difference(name: str, cases: np.ndarray, others: np.ndarray) -> str:
     return f"{name}: {', '.join(scores)}"
 
 
-def main(kind: str, dataset_dir: str, output_dir: str) -> None:
-    """Run all trainings of a kind and print the table as they end."""
+def main(kind: str, dataset_dir: str, output_dir: str, arguments: list[str]) -> None:
+    """Run all trainings of a kind, with more arguments, and print the table as they end."""
     present = {case_name(case["image"]) for case in load_datalist(dataset_dir, None, "all")}
     missing = {*SPLIT["training"], *SPLIT["validation"]} - present
     if missing:
@@ -241,7 +245,7 @@ def main(kind: str, dataset_dir: str, output_dir: str) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     found: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(2) as pool:
-        ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name]), runs)
+        ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name], arguments), runs)
         for name, divergence in zip(runs, ends, strict=True):
             if divergence:
                 print(f"| {name} | {divergence} |", flush=True)
@@ -268,4 +272,5 @@ if __name__ == "__main__":
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("dataset_dir")
     parser.add_argument("output_dir")
-    main(**vars(parser.parse_args()))
+    known, others = parser.parse_known_args()
+    main(**vars(known), arguments=others)
