@@ -21,6 +21,16 @@ def check_ints(name: str, value: int | Sequence[int], count: int, of: str) -> li
     return [check_int(name, v, 1) for v in values]
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number (no bool).
+
+    Example:
+        >>> [is_number(value) for value in (1, 0.5, float("nan"), float("inf"), True, "1", None)]
+        [True, True, False, False, False, False, False]
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0
+
+
 def check_finite(name: str, values: Tensor, where: str = "") -> None:
     """Raise ValueError where an image holds NaN or infinite values; ``where`` ends the message."""
     parts = torch.split(values.flatten(), 2**20)  # a mask of a whole image could be as large as it

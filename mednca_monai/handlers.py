@@ -1,10 +1,8 @@
 """What a stock trainer needs to be reproducible, safe from divergence, and resumable."""
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pickle import UnpicklingError
 from typing import Any
 
 import ignite.distributed as idist
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
-from mednca_monai.checks import check_int, check_ints
+from mednca_monai.checks import check_int, check_ints, is_number
 from mednca_monai.files import whole_file
 from mednca_monai.inferers import RandomPatchBatch, RandomPatchInferer
 from mednca_monai.network import MedNCA
@@ -83,19 +81,19 @@ class VariedIterations:
         last_epochs: int,
     ) -> None:
         pair = isinstance(steps, Sequence) and len(steps) == 2
-        numbers = pair and all(isinstance(factor, (int, float)) for factor in steps)
-        if not (numbers and 0 < steps[0] <= steps[1] < math.inf):
+        if not (pair and all(map(is_number, steps)) and 0 < steps[0] <= steps[1]):
             raise ValueError(
                 f"`steps` must be two finite factors above 0, the lowest first, got {steps!r}."
             )
-        if any(set(variant) != {"weight", "steps", "roi_size"} for variant in variants):
+        mappings = isinstance(variants, Sequence) and all(isinstance(v, Mapping) for v in variants)
+        if not mappings or any(set(v) != {"weight", "steps", "roi_size"} for v in variants):
             raise ValueError(
                 f"`variants` must each have weight, steps and roi_size, got {variants!r}."
             )
         weights = [variant["weight"] for variant in variants]
-        if not (min(weights, default=0) >= 0 and 0 < sum(weights) < math.inf):
+        if not (all(map(is_number, weights)) and min(weights, default=0) >= 0 and sum(weights) > 0):
             raise ValueError(f"weights in `variants` must be at least 0, not all 0, got {weights}.")
-        if not all(0 < variant["steps"] < math.inf for variant in variants):
+        if not all(is_number(v["steps"]) and v["steps"] > 0 for v in variants):
             raise ValueError(f"steps in `variants` must be above 0, got {variants!r}.")
         for variant in variants:
             check_ints("roi_size", variant["roi_size"], network.spatial_dims, "axis")
@@ -108,9 +106,10 @@ class VariedIterations:
         self.roi_sizes = [patch.roi_size for patch in patches]
 
     def attach(self, engine: Engine) -> None:
-        """Draw before each iteration, restore after it, also where it fails."""
+        """Draw before each iteration, restore after it, also where it fails or is not run."""
         engine.add_event_handler(Events.ITERATION_STARTED, self.draw)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.restore)
+        engine.add_event_handler(Events.TERMINATE, self.restore)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def draw(self, engine: Engine) -> None:
@@ -238,12 +237,17 @@ class DivergenceGuard:
     Args:
         parameters: of the network.
         optimizer: whose learning rate the message tells.
-        max_norm: bound of the gradient's 2-norm.
+        max_norm: bound of the gradient's 2-norm, above 0.
+
+    Raises:
+        ValueError: where ``max_norm`` breaks its rule.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float
     ) -> None:
+        if not (is_number(max_norm) and max_norm > 0):
+            raise ValueError(f"`max_norm` must be a finite number above 0, got {max_norm!r}.")
         self.parameters = list(parameters)
         self.optimizer = optimizer
         self.max_norm = max_norm
@@ -301,7 +305,8 @@ class ResumableCheckpoint:
     """Keep two checkpoints, and resume from the last one when the training is started again.
 
     ``last.pt`` holds the state of all that training needs, after each epoch; ``best.pt`` is the
-    bare state dict of the model with the best validated key metric. Stock ``CheckpointSaver``
+    bare state dict of the model with the best validated key metric, or of the end where none was
+    validated. Stock ``CheckpointSaver``
     writes in place, so that a kill leaves half a file; and to restore epoch and best metric, stock
     handlers need the trainer that holds them, which a config cannot name.
 
@@ -332,7 +337,7 @@ class ResumableCheckpoint:
         Raises:
             RuntimeError: where it belongs to another network, optimizer or length of training.
         """
-        if engine.state.iteration > 0 or not os.path.isfile(self.last):
+        if engine.state.iteration > 0 or not os.path.exists(self.last):
             return  # a trainer that runs again goes on with what it has
         device = engine.state.device  # type: ignore[attr-defined]
         try:
@@ -349,26 +354,26 @@ class ResumableCheckpoint:
                     raise ValueError(
                         f"Its schedule has {item.total_steps} iterations, not {steps}."
                     )
-        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+            for state, part in ((engine.state, "trainer"), (self.evaluator.state, "evaluator")):
+                for name, value in states[part].items():
+                    setattr(state, name, value)
+        except Exception as error:
             raise RuntimeError(
                 f"'{self.last}' must belong to this training (network, optimizer, schedule): "
                 f"remove it or train in another folder. {error}"
             ) from error
-        for name, value in states["trainer"].items():
-            setattr(engine.state, name, value)
-        for name, value in states["evaluator"].items():
-            setattr(self.evaluator.state, name, value)
         engine.logger.info(f"Resumed from '{self.last}', after epoch {engine.state.epoch}.")
         if engine.state.epoch >= (engine.state.max_epochs or 0):
             engine.logger.warning(f"'{self.last}' is of a finished training: nothing to do.")
 
     def save(self, engine: Engine) -> None:
-        """Save ``last.pt``, and ``best.pt`` where this epoch's validation was the best."""
+        """Save ``last.pt``, and ``best.pt`` where this epoch is the best, or the last of none."""
         if idist.get_rank() > 0:
             return
         os.makedirs(os.path.dirname(self.last), exist_ok=True)
         best = self.evaluator.state
-        if best.best_metric_epoch == engine.state.epoch:
+        ends_unseen = engine.state.epoch == engine.state.max_epochs and best.best_metric_epoch < 1
+        if best.best_metric_epoch == engine.state.epoch or ends_unseen:
             self.write(self.model.state_dict(), self.best)
         states = {name: item.state_dict() for name, item in self.save_dict.items()}
         states["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}

@@ -9,7 +9,7 @@ from monai.utils.type_conversion import convert_to_dst_type
 from torch import Tensor, nn
 
 from mednca_monai.automaton import CellularAutomaton
-from mednca_monai.checks import check_int, check_ints
+from mednca_monai.checks import check_int, check_ints, is_number
 from mednca_monai.grid import Coarse
 
 
@@ -147,7 +147,7 @@ class MedNCA(nn.Module):
         self.kernel_size = check_ints("kernel_size", kernel_size, num_levels, "level")
         if any(size % 2 == 0 for size in self.kernel_size):
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size!r}.")
-        if not isinstance(fire_rate, (int, float)) or not 0 < fire_rate <= 1:
+        if not is_number(fire_rate) or not 2**-32 <= fire_rate <= 1:  # of 32-bit hashes
             raise ValueError(f"`fire_rate` must be in (0, 1], got {fire_rate!r}.")
         if firing not in ("independent", "sublattices"):
             raise ValueError(f"`firing` must be 'independent' or 'sublattices', got {firing!r}.")
@@ -255,7 +255,7 @@ class MedNCA(nn.Module):
         return images
 
     def check_image(self, image: Tensor) -> None:
-        """Raise ValueError where an image has the wrong rank, number of channels, or is empty."""
+        """Raise ValueError where an image has the wrong rank, dtype or channels, or is empty."""
         if image.dim() != self.spatial_dims + 2:
             raise ValueError(
                 f"`image` must have {self.spatial_dims + 2} axes (batch, channel, "
@@ -263,6 +263,10 @@ class MedNCA(nn.Module):
             )
         if not image.is_floating_point():
             raise ValueError(f"`image` must be floating point, got {image.dtype}.")
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            dtype = self.levels[0].hidden.weight.dtype  # type: ignore[union-attr]
+            if image.dtype != dtype and not torch.is_autocast_enabled(image.device.type):
+                raise ValueError(f"`image` must be {dtype} as the network, got {image.dtype}.")
         if image.shape[1] != self.in_channels:
             raise ValueError(
                 f"`image` must have {self.in_channels} channels, got shape {list(image.shape)}."

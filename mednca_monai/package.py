@@ -40,20 +40,30 @@ def package(output_dir: str = "dist", bundle_dir: str = str(BUNDLE)) -> str:
     """Write ``<name>`` and ``<name>_v<version>.zip``; the same files give the same bytes.
 
     Args:
-        output_dir: folder to write to; made if needed. What it holds by these names is replaced.
+        output_dir: folder to write to; made if needed. Files that it holds by these names are
+            replaced.
         bundle_dir: the bundle; by default that of the source tree.
 
     Returns:
         Path of the zip file.
 
     Raises:
-        ValueError: where ``bundle_dir`` holds no bundle.
+        ValueError: where ``bundle_dir`` holds no bundle, or ``output_dir`` holds one with further
+            files, such as a training's, which would be lost.
     """
     files = bundle_files(Path(bundle_dir))
     version = read_json(files["configs/metadata.json"]).get("version")
     if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\d+)*", version):
         raise ValueError(f"`version` of metadata.json must be numbers and dots, got {version!r}.")
     target = Path(output_dir)
+    there = [path for path in (target / NAME).rglob("*") if path.is_file()]
+    places = [path.relative_to(target / NAME) for path in there if path.suffix != ".pyc"]
+    others = {place.as_posix() for place in places} - set(files)
+    if others:
+        raise ValueError(
+            f"`output_dir` must hold a bundle's own files, got '{target / NAME}' with "
+            f"{sorted(others)}: move it."
+        )
     target.mkdir(parents=True, exist_ok=True)
     archive = target / f"{NAME}_v{version}.zip"
     with tempfile.TemporaryDirectory(prefix=".package_", dir=target) as folder:

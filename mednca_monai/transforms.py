@@ -1,5 +1,7 @@
 """Checks of what a bundle reads, MONAI's resampling made safe, and a writer of whole files."""
 
+import gzip
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from monai.transforms.io.array import LoadImage
 from monai.transforms.io.dictionary import LoadImaged
 from monai.transforms.spatial.dictionary import Spacingd
 from monai.transforms.transform import MapTransform
+from monai.utils.misc import ensure_tuple
 from monai.utils.type_conversion import convert_to_numpy, convert_to_tensor
 from torch import Tensor
 
@@ -20,8 +23,20 @@ from mednca_monai.checks import check_classes, check_finite
 from mednca_monai.files import whole_file
 
 
+def check_gzip(path: PathLike) -> None:
+    """Raise an error where a ``.gz`` file breaks its checksum, before which nibabel stops reading.
+
+    Raises:
+        OSError: where the checksum, EOFError where the end and zlib.error where the code is wrong.
+    """
+    if str(path).endswith(".gz"):
+        with gzip.open(path) as file:
+            while file.read(2**20):
+                pass
+
+
 class LoadImageNaming(LoadImage):
-    """``LoadImage`` whose errors name the file."""
+    """``LoadImage`` whose errors name the file, and that sees where a ``.gz`` file is corrupt."""
 
     def __call__(self, filename: Any, reader: Any = None) -> Any:
         """Load a file.
@@ -30,6 +45,8 @@ class LoadImageNaming(LoadImage):
             ValueError: where it cannot be read.
         """
         try:
+            for name in ensure_tuple(filename):
+                check_gzip(name)
             return super().__call__(filename, reader)
         except Exception as error:
             text = str(error) or type(error).__name__
@@ -184,17 +201,29 @@ class ResampleSpacingd(Spacingd):
 
 
 class VolumeWriter(NibabelWriter):
-    """Write NIfTI volumes whole or not at all, and in their own shape.
+    """Write NIfTI volumes whole or not at all, never over their image, and in their own shape.
 
     The stock writer drops a last axis of length 1.
     """
+
+    source: PathLike = ""
+
+    def set_metadata(
+        self, meta_dict: Mapping[Any, Any] | None = None, resample: bool = True, **options: Any
+    ) -> None:
+        """Set them as the stock writer does, and note the image's file."""
+        super().set_metadata(meta_dict, resample, **options)
+        self.source = (meta_dict or {}).get("filename_or_obj", "")
 
     def write(self, filename: PathLike, verbose: bool = False, **options: Any) -> None:
         """Write the file; the arguments are those of the stock writer.
 
         Raises:
             OSError: where that fails; a file of that name stays as it was.
+            ValueError: where it is the image's file.
         """
+        if os.path.exists(filename) and os.path.realpath(filename) == os.path.realpath(self.source):
+            raise ValueError(f"`output_postfix` must keep the image, got its file '{filename}'.")
         ImageWriter.write(self, filename, verbose)  # logs the name
         with whole_file(filename) as part:
             super().write(part, **options)

@@ -142,6 +142,13 @@ def guarded_training(loss, max_norm=1.0):
     return network, make_trainer(loss, [guard], network, optimizer)
 
 
+@pytest.mark.parametrize("max_norm", [0, -1.0, math.nan, math.inf, "1", None, True])
+def test_a_norm_that_is_no_bound_is_refused(max_norm):
+    message = f"`max_norm` must be a finite number above 0, got {max_norm!r}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        guarded_training(Losses(), max_norm)
+
+
 @pytest.mark.parametrize(
     ("function", "what"),
     [
@@ -234,6 +241,11 @@ def test_the_best_checkpoint_is_of_the_validation_with_the_best_metric(
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
+def test_a_training_that_is_never_validated_keeps_its_end(tmp_path):
+    train(tmp_path, SCORES, 3, interval=4)
+    assert best_and_last(tmp_path) == (-3, -3)
+
+
 @pytest.mark.parametrize("stop", range(1, 6))
 def test_a_training_that_resumes_ends_as_if_it_had_never_stopped(tmp_path, stop):
     train(tmp_path / "once", SCORES, 6)
@@ -297,6 +309,20 @@ def test_a_checkpoint_of_another_network_is_refused_and_kept(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)must belong to this training .*\tsize mismatch"):
         train(tmp_path, SCORES, 2, width=2)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", {}, torch.ones(2), {"model": {"weight": torch.ones(1, 1)}}, None]
+)
+def test_a_checkpoint_that_is_none_is_refused(tmp_path, content):
+    if content is None:
+        (tmp_path / "last.pt").mkdir()
+    elif isinstance(content, bytes):
+        (tmp_path / "last.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(RuntimeError, match=r"last.pt' must belong to this training"):
+        train(tmp_path, SCORES, 1)
 
 
 def test_a_trainer_that_runs_again_keeps_its_weights(tmp_path):
@@ -442,6 +468,15 @@ def test_a_run_of_unknown_length_never_draws_a_variant():
     assert seen == [8, 8]
 
 
+def test_an_engine_that_is_stopped_before_an_iteration_leaves_the_network_as_it_was():
+    network = MedNCA(2, 1, 1, steps=8)
+    engine = Engine(lambda engine, batch: None)
+    VariedIterations(network, [], (2, 2), [variant(1, 1)], last_epochs=0).attach(engine)
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda engine: engine.terminate())
+    engine.run([0])
+    assert [level.steps for level in network.levels] == [8, 8]
+
+
 def test_steps_grow_in_the_first_half_of_the_last_epochs():
     seen = varied_training([variant(1, 3)], last_epochs=4)
     steps = [seen[ITERATIONS * epoch][0] for epoch in range(1, 11)]
@@ -499,10 +534,14 @@ def test_wrong_steps_are_refused(steps):
             [variant(1, 1), variant(math.nan, 1)],
             "weights in `variants` must be at least 0, not all",
         ),
+        ([variant("1", 1)], "weights in `variants` must be at least 0, not all 0, got"),
         ([variant(1, math.nan)], "steps in `variants` must be above 0, got"),
+        ([variant(1, None)], "steps in `variants` must be above 0, got"),
         ([variant(1, 1, 0)], "`roi_size` must be an integer of at least 1, got 0"),
         ([variant(1, 1, (4, 4, 4))], "`roi_size` must be one value or one per axis (2), got"),
         ([{"weight": 1, "steps": 1}], "`variants` must each have weight, steps and roi_size, got"),
+        ([None], "`variants` must each have weight, steps and roi_size, got"),
+        (None, "`variants` must each have weight, steps and roi_size, got"),
     ],
 )
 def test_wrong_variants_are_refused(variants, message):

@@ -384,6 +384,7 @@ def test_weights_make_a_round_trip(make_network, spatial_dims, settings, tmp_pat
         ({"fire_rate": 0}, r"`fire_rate` must be in \(0, 1\], got 0\."),
         ({"fire_rate": 1.5}, r"`fire_rate` must be in \(0, 1\], got 1\.5\."),
         ({"fire_rate": float("nan")}, r"`fire_rate` must be in \(0, 1\], got nan\."),
+        ({"fire_rate": 1e-10}, r"`fire_rate` must be in \(0, 1\], got 1e-10\."),
         ({"firing": "all"}, r"`firing` must be 'independent' or 'sublattices', got 'all'\."),
         (
             {"firing": "sublattices", "fire_rate": 0.6},
@@ -404,6 +405,11 @@ def test_a_network_refuses_wrong_arguments(arguments, message):
         (torch.rand(1, 2, 8), None, r"`image` must have 4 axes .*, got shape \[1, 2, 8\]\."),
         (torch.rand(2, 8, 8), None, r"`image` must have 4 axes .*, got shape \[2, 8, 8\]\."),
         (torch.rand(1, 2, 8, 8, 8), None, r"`image` must have 4 axes"),
+        (
+            torch.rand(1, 2, 8, 8, dtype=torch.float64),
+            None,
+            r"`image` must be torch.float32 as the network, got torch.float64\.",
+        ),
         (torch.rand(1, 3, 8, 8), None, r"`image` must have 2 channels, got shape \[1, 3, 8, 8\]"),
         (torch.rand(0, 2, 8, 8), None, r"`image` must not be empty, got shape \[0, 2, 8, 8\]\."),
         (torch.rand(1, 2, 8, 0), None, r"`image` must not be empty, got shape \[1, 2, 8, 0\]\."),

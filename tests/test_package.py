@@ -69,6 +69,16 @@ def test_the_same_files_give_the_same_bytes(archive, tmp_path):
     assert Path(package(str(tmp_path))).read_bytes() == before
 
 
+def test_a_training_within_the_packaged_bundle_is_not_lost(archive):
+    best = archive.parent / NAME / "output" / "checkpoints" / "best.pt"
+    best.parent.mkdir(parents=True)
+    best.touch()
+    with pytest.raises(ValueError, match=r"`output_dir` must hold .* \['output/.*/best.pt'"):
+        package(str(archive.parent))
+    assert best.exists()
+    shutil.rmtree(archive.parent / NAME / "output")
+
+
 def test_a_folder_without_a_bundle_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`bundle_dir` must hold a bundle.*without LICENSE"):
         package(str(tmp_path / "dist"), str(tmp_path))

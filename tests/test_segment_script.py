@@ -72,7 +72,9 @@ def test_its_logits_are_the_networks(script, size, tmp_path):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("turn", [np.eye(3), [[0, 0.28, -1.92], [-0.5, 0, 0], [0, 0.96, 0.56]]])
+@pytest.mark.parametrize(
+    "turn", [np.eye(3), np.eye(3) * 1.0005, [[0, 0.28, -1.92], [-0.5, 0, 0], [0, 0.96, 0.56]]]
+)
 def test_its_segmentation_is_the_bundles(tmp_path, turn):
     torch.save(make_network(0.03, **SHIPPED, steps=1).state_dict(), tmp_path / "w.pt")
     volume = np.random.default_rng(0).normal(50, 10, (20, 26, 18)).astype(np.float32)
@@ -138,6 +140,9 @@ def make_files(folder):
     torch.save(network.state_dict(), folder / "nan.pt")
     torch.save([torch.ones(2)], folder / "list.pt")
     (folder / "cut.nii.gz").write_bytes((folder / "whole.nii.gz").read_bytes()[:150])
+    wrong = bytearray((folder / "whole.nii.gz").read_bytes())
+    wrong[-6] ^= 1  # of the checksum
+    (folder / "wrong.nii.gz").write_bytes(wrong)
     (folder / "text.nii.gz").write_text("no volume")
     torch.save(make_network(**SETTINGS).state_dict(), folder / "other.pt")
     (folder / "text.pt").write_text("no weights")
@@ -159,9 +164,10 @@ def make_files(folder):
             "list.pt' must hold weights of shapes",
         ),
         (["cut.nii.gz", "out.nii"], "cut.nii.gz' must be a NIfTI volume"),
+        (["wrong.nii.gz", "out.nii"], "wrong.nii.gz' must be a NIfTI volume"),
         (["text.nii.gz", "out.nii"], "text.nii.gz' must be a NIfTI volume"),
         (["good.nii", "out.png"], "`segmentation` must end in .nii or .nii.gz"),
-        (["good.nii", "none/out.nii"], "`segmentation` must be a file in a folder that exists"),
+        (["good.nii", "none/out.nii"], "`segmentation` must be a file in a folder to write to"),
         (["good.nii", "good.nii"], "`segmentation` must be another file than `image`"),
         (["good.nii", "out.nii", "--weights", "other.pt"], "other.pt' must hold weights of shape"),
         (

@@ -84,6 +84,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, broken):
         load(files)
 
 
+def test_a_compressed_file_with_a_wrong_bit_is_refused(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    volume = np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image.nii.gz' must be a readable image, got: "):
+        LoadImageNamingd("image")({"image": path})
+
+
 def test_integers_are_finite():
     data = {"image": image(1, 3, 4).as_tensor().to(torch.int16)}
     assert CheckImaged("image", spatial_dims=2, in_channels=1)(data) == data
@@ -110,6 +121,17 @@ def test_a_volume_is_written_in_its_own_shape_and_place(tmp_path, shape, saved):
     np.testing.assert_array_equal(written.affine, affine)
     expected = volume.movedim(0, -1).reshape(saved).numpy()
     np.testing.assert_array_equal(np.asarray(written.dataobj), expected)
+
+
+def test_a_volume_is_not_written_over_its_image(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(b"the image")
+    writer = SaveImage(
+        tmp_path, "", ".nii.gz", writer=VolumeWriter, separate_folder=False, resample=False
+    )
+    with pytest.raises(RuntimeError, match=r"`output_postfix` must keep the image, got its file '"):
+        writer(MetaTensor(torch.rand(1, 2, 3, 4), meta={"filename_or_obj": str(path)}))
+    assert path.read_bytes() == b"the image"
 
 
 def test_the_axis_of_one_channel_is_kept_where_it_is_asked_for():

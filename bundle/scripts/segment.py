@@ -9,9 +9,11 @@ Run: python scripts/segment.py image.nii.gz segmentation.nii.gz [--weights model
 """
 
 import argparse
+import gzip
 import json
 import os
 import pickle
+import tempfile
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -223,6 +225,10 @@ def read_scan(path: str, in_channels: int) -> tuple[Array, Array]:
         ValueError: where there is none that can be segmented.
     """
     try:
+        if path.endswith(".gz"):
+            with gzip.open(path) as file:
+                while file.read(2**20):
+                    pass  # to its checksum, before which nibabel stops
         scan = nib.load(path)
         volume = np.asarray(scan.dataobj, np.float32)
     except FileNotFoundError:
@@ -254,8 +260,14 @@ def check_target(source: str, target: str) -> None:
     """Raise ValueError where a segmentation cannot be written, before any work is done."""
     if not target.endswith((".nii", ".nii.gz")):
         raise ValueError(f"`segmentation` must end in .nii or .nii.gz, got '{target}'.")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(target))) or os.path.isdir(target):
-        raise ValueError(f"`segmentation` must be a file in a folder that exists, got '{target}'.")
+    try:
+        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(target))).close()
+        if os.path.isdir(target):
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise ValueError(
+            f"`segmentation` must be a file in a folder to write to, got '{target}': {error}."
+        ) from error
     if os.path.exists(target) and os.path.samefile(source, target):
         raise ValueError(f"`segmentation` must be another file than `image`, got '{target}'.")
 
@@ -273,8 +285,8 @@ def main(source: str, target: str, weights_file: Path) -> None:
             f"'{source}' must vary between its 0.5th and 99.5th percentile, got {low}."
         )
     image = ((image - low) / (high - low)).clip(0, 1).astype(np.float32)
-    spacing = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
-    spacing = spacing / settings["spacing"]
+    order = np.argsort(turn[:, 0])
+    spacing = nib.affines.voxel_sizes(affine)[order] / settings["spacing"]
     if not ((spacing >= 0.01) & (spacing <= 100)).all():
         raise ValueError(
             f"'{source}' must have voxels of a hundredth to a hundred times {settings['spacing']}, "
@@ -282,6 +294,8 @@ def main(source: str, target: str, weights_file: Path) -> None:
         )
     shape = image.shape[:3]
     size = [round((n - 1) * step + 1) for n, step in zip(shape, spacing, strict=True)]
+    if size == list(shape) and np.abs(affine[:3, order] * (1 - 1 / spacing)).max() < 1e-3:
+        spacing = np.ones(3)  # MONAI leaves affines that differ by less
     image = resample(image, [np.arange(n) / step for n, step in zip(size, spacing, strict=True)])
     if weights_file.suffix == ".onnx":
         logits = segment_by_onnx(image, weights_file)
@@ -301,6 +315,8 @@ def main(source: str, target: str, weights_file: Path) -> None:
     try:
         nib.save(result, temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(f"'{target}' could not be written: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
