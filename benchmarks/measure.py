@@ -1,5 +1,7 @@
-"""What the benchmarks share: networks, memory, fresh processes, and interleaved timing."""
+"""What the benchmarks share: networks, arguments, memory, fresh processes, interleaved timing."""
 
+import argparse
+import json
 import multiprocessing
 import resource
 import statistics
@@ -16,6 +18,19 @@ OVERLAYS = {
     "BasicUNet": ["unet.json", "basic_unet.json"],
     "DynUNet": ["unet.json", "dyn_unet.json"],
 }  # of configs/train.json, by network
+
+
+def config_changes(parser: argparse.ArgumentParser, rest: list[str]) -> dict[str, Any]:
+    """Changes of a config from the rest of a command line: pairs of --key and JSON."""
+    if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
+        parser.error(f"expected pairs of --key and JSON, got {rest}")
+    changes = {}
+    for key, value in zip(rest[::2], rest[1::2], strict=True):
+        try:
+            changes[key.removeprefix("--")] = json.loads(value)
+        except json.JSONDecodeError:
+            parser.error(f"{key} must be followed by JSON, got {value}")
+    return changes
 
 
 def peak() -> float:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import BUNDLE, FOLDER, OVERLAYS
+from measure import BUNDLE, FOLDER, OVERLAYS, config_changes
 from monai.data import partition_dataset
 
 from mednca_monai.data import case_name, load_datalist
@@ -170,10 +170,8 @@ def has_ended(folder: Path, epochs: int) -> bool:
     return table.exists() and f"\n{epochs}," in "\n" + table.read_text()
 
 
-def train(dataset_dir: str, folder: Path, changes: Changes, arguments: list[str]) -> str:
+def train(dataset_dir: str, folder: Path, changes: Changes) -> str:
     """Run one training to its end, where it is not yet there; its last log is beside its table.
-
-    ``arguments`` are more of `training.py`.
 
     Returns:
         Why it diverged, or nothing.
@@ -194,7 +192,6 @@ def train(dataset_dir: str, folder: Path, changes: Changes, arguments: list[str]
         changes["split_file"] = str(path)
     for key, value in {"val_interval": epochs, **changes}.items():
         command += [f"--{key}", json.dumps(value)]
-    command += arguments
     with open(log, "w") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
@@ -232,20 +229,20 @@ def difference(name: str, cases: np.ndarray, others: np.ndarray) -> str:
     return f"{name}: {', '.join(scores)}"
 
 
-def main(kind: str, dataset_dir: str, output_dir: str, arguments: list[str]) -> None:
-    """Run all trainings of a kind, with more arguments, and print the table as they end."""
+def main(kind: str, dataset_dir: str, output_dir: str, changes: Changes) -> None:
+    """Run all trainings of a kind, with more changes, and print the table as they end."""
     present = {case_name(case["image"]) for case in load_datalist(dataset_dir, None, "all")}
     missing = {*SPLIT["training"], *SPLIT["validation"]} - present
     if missing:
         raise ValueError(f"`dataset_dir` must hold the shipped split, lacks {sorted(missing)}.")
     folder = Path(output_dir) / kind
     folder.mkdir(parents=True, exist_ok=True)
-    runs = KINDS[kind]()
+    runs = {name: run | changes for name, run in KINDS[kind]().items()}
     print("| run | whole | lowest | anterior | posterior | minutes | rms |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     found: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(2) as pool:
-        ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name], arguments), runs)
+        ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name]), runs)
         for name, divergence in zip(runs, ends, strict=True):
             if divergence:
                 print(f"| {name} | {divergence} |", flush=True)
@@ -272,5 +269,5 @@ if __name__ == "__main__":
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("dataset_dir")
     parser.add_argument("output_dir")
-    known, others = parser.parse_known_args()
-    main(**vars(known), arguments=others)
+    arguments, rest = parser.parse_known_args()
+    main(**vars(arguments), changes=config_changes(parser, rest))

@@ -14,7 +14,6 @@ output_dir --overlay bundle/configs/multi_gpu_train.json --volumes_per_batch 1
 
 import argparse
 import csv
-import json
 import logging
 import sys
 import time
@@ -26,7 +25,7 @@ import ignite.distributed as idist
 import matplotlib.pyplot as plt
 import numpy as np
 from ignite.engine import Engine, Events
-from measure import BUNDLE
+from measure import BUNDLE, config_changes
 from monai.bundle import ConfigParser
 
 
@@ -96,13 +95,5 @@ if __name__ == "__main__":
     parser.add_argument("output_dir")
     parser.add_argument("--overlay", action="append", default=[])
     arguments, rest = parser.parse_known_args()
-    if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
-        parser.error(f"expected pairs of --key and JSON, got {rest}")
-    pairs = rest[::2], rest[1::2]
-    changes = {}
-    for key, value in zip(*pairs, strict=True):
-        try:
-            changes[key.removeprefix("--")] = json.loads(value)
-        except json.JSONDecodeError:
-            parser.error(f"{key} must be followed by JSON, got {value}")
+    changes = config_changes(parser, rest)
     train(arguments.dataset_dir, arguments.output_dir, arguments.overlay, changes)
