@@ -29,7 +29,7 @@ def check_gzip(path: PathLike) -> None:
     Raises:
         OSError: where the checksum, EOFError where the end and zlib.error where the code is wrong.
     """
-    if str(path).endswith(".gz"):
+    if str(path).endswith(".gz") and os.path.isfile(path):
         with gzip.open(path) as file:
             while file.read(2**20):
                 pass
