@@ -51,9 +51,9 @@ class EpochSeed:
 class VariedIterations:
     """Draw how many steps each iteration takes and, in the last epochs, how large its patches are.
 
-    More steps than usual then do little harm, which steps drawn in the last epochs alone do not
-    reach, and larger patches teach the finer levels what the mirrored border of a small one does
-    not; these, and many more steps, would make the first epochs slow. The draw depends on the
+    More steps than usual then do little harm; drawing them in the last epochs alone does not
+    achieve that. Larger patches teach the finer levels what the mirrored border of a small one does
+    not; they, and many more steps, would make the first epochs slow. The draw depends on the
     iteration's number alone, not on the training's seed: processes agree, and a training resumes
     unchanged.
 
@@ -109,7 +109,8 @@ class VariedIterations:
         """Draw before each iteration, restore after it, also where it fails or is not run."""
         engine.add_event_handler(Events.ITERATION_STARTED, self.draw)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.restore)
-        engine.add_event_handler(Events.TERMINATE, self.restore)
+        for stop in (Events.EPOCH_COMPLETED, Events.INTERRUPT, Events.TERMINATE):
+            engine.add_event_handler(stop, self.restore)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def draw(self, engine: Engine) -> None:
@@ -306,9 +307,9 @@ class ResumableCheckpoint:
 
     ``last.pt`` holds the state of all that training needs, after each epoch; ``best.pt`` is the
     bare state dict of the model with the best validated key metric, or of the end where none was
-    validated. Stock ``CheckpointSaver``
-    writes in place, so that a kill leaves half a file; and to restore epoch and best metric, stock
-    handlers need the trainer that holds them, which a config cannot name.
+    validated. Stock ``CheckpointSaver`` writes in place, so that a kill leaves half a file; and to
+    restore epoch and best metric, stock handlers need the trainer that holds them, which a config
+    cannot name.
 
     Args:
         save_dir: folder of both files.

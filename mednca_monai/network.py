@@ -91,7 +91,7 @@ class MedNCA(nn.Module):
         num_channels: channels of a cell, at least ``in_channels + out_channels``.
         hidden_size: width of the rule's hidden layer, at least 1.
         steps: updates on a level, at least 1; one value or one per level, coarse to fine.
-        fire_rate: probability that a cell is updated in a step, in (0, 1].
+        fire_rate: probability that a cell is updated in a step, in [2**-32, 1].
         firing: ``"independent"``, each cell by itself; or ``"sublattices"``, half of the 2**d
             sublattices of even and odd positions in each step (needs ``fire_rate=0.5``).
         num_levels: number of levels, at least 1.
@@ -148,7 +148,7 @@ class MedNCA(nn.Module):
         if any(size % 2 == 0 for size in self.kernel_size):
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size!r}.")
         if not is_number(fire_rate) or not 2**-32 <= fire_rate <= 1:  # of 32-bit hashes
-            raise ValueError(f"`fire_rate` must be in (0, 1], got {fire_rate!r}.")
+            raise ValueError(f"`fire_rate` must be a number in [2**-32, 1], got {fire_rate!r}.")
         if firing not in ("independent", "sublattices"):
             raise ValueError(f"`firing` must be 'independent' or 'sublattices', got {firing!r}.")
         if firing == "sublattices" and fire_rate != 0.5:
@@ -255,7 +255,7 @@ class MedNCA(nn.Module):
         return images
 
     def check_image(self, image: Tensor) -> None:
-        """Raise ValueError where an image has the wrong rank, dtype or channels, or is empty."""
+        """Raise ValueError where an image has the wrong rank, number of channels, or is empty."""
         if image.dim() != self.spatial_dims + 2:
             raise ValueError(
                 f"`image` must have {self.spatial_dims + 2} axes (batch, channel, "
@@ -263,10 +263,6 @@ class MedNCA(nn.Module):
             )
         if not image.is_floating_point():
             raise ValueError(f"`image` must be floating point, got {image.dtype}.")
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            dtype = self.levels[0].hidden.weight.dtype  # type: ignore[union-attr]
-            if image.dtype != dtype and not torch.is_autocast_enabled(image.device.type):
-                raise ValueError(f"`image` must be {dtype} as the network, got {image.dtype}.")
         if image.shape[1] != self.in_channels:
             raise ValueError(
                 f"`image` must have {self.in_channels} channels, got shape {list(image.shape)}."

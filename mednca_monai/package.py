@@ -49,7 +49,7 @@ def package(output_dir: str = "dist", bundle_dir: str = str(BUNDLE)) -> str:
 
     Raises:
         ValueError: where ``bundle_dir`` holds no bundle, or ``output_dir`` holds one with further
-            files, such as a training's, which would be lost.
+            files, such as a training's or an older version's, which would be lost.
     """
     files = bundle_files(Path(bundle_dir))
     version = read_json(files["configs/metadata.json"]).get("version")
@@ -62,7 +62,7 @@ def package(output_dir: str = "dist", bundle_dir: str = str(BUNDLE)) -> str:
     if others:
         raise ValueError(
             f"`output_dir` must hold a bundle's own files, got '{target / NAME}' with "
-            f"{sorted(others)}: move it."
+            f"{len(others)} others, such as {min(others)}: move it."
         )
     target.mkdir(parents=True, exist_ok=True)
     archive = target / f"{NAME}_v{version}.zip"

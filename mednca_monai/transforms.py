@@ -27,9 +27,11 @@ def check_gzip(path: PathLike) -> None:
     """Raise an error where a ``.gz`` file breaks its checksum, before which nibabel stops reading.
 
     Raises:
-        OSError: where the checksum, EOFError where the end and zlib.error where the code is wrong.
+        EOFError: where its end is missing.
+        OSError: where its start or checksum is wrong.
+        zlib.error: where its code is wrong.
     """
-    if str(path).endswith(".gz") and os.path.isfile(path):
+    if str(path).lower().endswith(".gz") and os.path.isfile(path):
         with gzip.open(path) as file:
             while file.read(2**20):
                 pass
@@ -213,7 +215,7 @@ class VolumeWriter(NibabelWriter):
     ) -> None:
         """Set them as the stock writer does, and note the image's file."""
         super().set_metadata(meta_dict, resample, **options)
-        self.source = (meta_dict or {}).get("filename_or_obj", "")
+        self.source = (meta_dict or {}).get("filename_or_obj") or ""
 
     def write(self, filename: PathLike, verbose: bool = False, **options: Any) -> None:
         """Write the file; the arguments are those of the stock writer.

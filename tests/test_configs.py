@@ -472,6 +472,6 @@ def test_each_training_in_monai_label_has_checkpoints_of_its_own(monkeypatch):
 def test_a_run_with_a_name_has_checkpoints_of_its_own():
     folders = [
         Path(parse("train.json", **name).get_parsed_content("ckpt_dir"))
-        for name in ({}, {"run_name": "client_1"})
+        for name in ({}, {"run_name": "client_1"}, {"run_name": 2})
     ]
-    assert folders == [Path("output/checkpoints"), Path("output/checkpoints/client_1")]
+    assert folders == [Path("output/checkpoints", name) for name in ("", "client_1", "2")]

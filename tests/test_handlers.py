@@ -468,13 +468,15 @@ def test_a_run_of_unknown_length_never_draws_a_variant():
     assert seen == [8, 8]
 
 
-def test_an_engine_that_is_stopped_before_an_iteration_leaves_the_network_as_it_was():
+@pytest.mark.parametrize("stop", [Engine.terminate, Engine.terminate_epoch, Engine.interrupt])
+def test_an_engine_that_is_stopped_before_an_iteration_leaves_the_network_as_it_was(stop):
     network = MedNCA(2, 1, 1, steps=8)
     engine = Engine(lambda engine, batch: None)
     VariedIterations(network, [], (2, 2), [variant(1, 1)], last_epochs=0).attach(engine)
-    engine.add_event_handler(Events.ITERATION_STARTED, lambda engine: engine.terminate())
+    engine.add_event_handler(Events.ITERATION_STARTED(once=1), stop)
     engine.run([0])
     assert [level.steps for level in network.levels] == [8, 8]
+    engine.run([0])  # an interrupted one ends
 
 
 def test_steps_grow_in_the_first_half_of_the_last_epochs():

@@ -73,7 +73,13 @@ def test_its_logits_are_the_networks(script, size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "turn", [np.eye(3), np.eye(3) * 1.0005, [[0, 0.28, -1.92], [-0.5, 0, 0], [0, 0.96, 0.56]]]
+    "turn",
+    [
+        np.eye(3),
+        np.eye(3) * 1.0005,
+        np.eye(3) * 1.001,
+        [[0, 0.28, -1.92], [-0.5, 0, 0], [0, 0.96, 0.56]],
+    ],
 )
 def test_its_segmentation_is_the_bundles(tmp_path, turn):
     torch.save(make_network(0.03, **SHIPPED, steps=1).state_dict(), tmp_path / "w.pt")
@@ -146,6 +152,7 @@ def make_files(folder):
     (folder / "text.nii.gz").write_text("no volume")
     torch.save(make_network(**SETTINGS).state_dict(), folder / "other.pt")
     (folder / "text.pt").write_text("no weights")
+    (folder / "dir.nii").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -168,6 +175,10 @@ def make_files(folder):
         (["text.nii.gz", "out.nii"], "text.nii.gz' must be a NIfTI volume"),
         (["good.nii", "out.png"], "`segmentation` must end in .nii or .nii.gz"),
         (["good.nii", "none/out.nii"], "`segmentation` must be a file in a folder to write to"),
+        (
+            ["good.nii", "dir.nii"],
+            "`segmentation` must be a file in a folder to write to, got 'dir.nii'",
+        ),
         (["good.nii", "good.nii"], "`segmentation` must be another file than `image`"),
         (["good.nii", "out.nii", "--weights", "other.pt"], "other.pt' must hold weights of shape"),
         (
@@ -178,7 +189,7 @@ def make_files(folder):
 )
 def test_what_it_cannot_segment_is_named_and_nothing_written(tmp_path, arguments, message):
     make_files(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         cwd=tmp_path,
@@ -188,4 +199,5 @@ def test_what_it_cannot_segment_is_named_and_nothing_written(tmp_path, arguments
     )
     assert done.returncode != 0
     assert message in done.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    after = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    assert after == before

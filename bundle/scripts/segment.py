@@ -225,7 +225,7 @@ def read_scan(path: str, in_channels: int) -> tuple[Array, Array]:
         ValueError: where there is none that can be segmented.
     """
     try:
-        if path.endswith(".gz"):
+        if path.lower().endswith(".gz"):
             with gzip.open(path) as file:
                 while file.read(2**20):
                     pass  # to its checksum, before which nibabel stops
@@ -294,8 +294,10 @@ def main(source: str, target: str, weights_file: Path) -> None:
         )
     shape = image.shape[:3]
     size = [round((n - 1) * step + 1) for n, step in zip(shape, spacing, strict=True)]
-    if size == list(shape) and np.abs(affine[:3, order] * (1 - 1 / spacing)).max() < 1e-3:
-        spacing = np.ones(3)  # MONAI leaves affines that differ by less
+    axes = affine[:3, order]
+    close = np.allclose(axes, axes / spacing, atol=1e-3) or np.allclose(1 / spacing, 1, atol=1e-3)
+    if close and size == list(shape):
+        spacing = np.ones(3)  # as MONAI leaves such a scan
     image = resample(image, [np.arange(n) / step for n, step in zip(size, spacing, strict=True)])
     if weights_file.suffix == ".onnx":
         logits = segment_by_onnx(image, weights_file)
