@@ -51,11 +51,11 @@ class EpochSeed:
 class VariedIterations:
     """Draw how many steps each iteration takes and, in the last epochs, how large its patches are.
 
-    More steps than usual then do little harm; drawing them in the last epochs alone does not
-    achieve that. Larger patches teach the finer levels what the mirrored border of a small one does
-    not; they, and many more steps, would make the first epochs slow. The draw depends on the
-    iteration's number alone, not on the training's seed: processes agree, and a training resumes
-    unchanged.
+    More steps than usual then do less harm, though not in every training; drawing them in the last
+    epochs alone achieves less. Larger patches teach the finer levels what the mirrored border of a
+    small one does not; they, and many more steps, would make the first epochs slow. The draw
+    depends on the iteration's number alone, not on the training's seed: processes agree, and a
+    training resumes unchanged.
 
     Args:
         network: that is trained.
