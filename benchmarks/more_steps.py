@@ -11,6 +11,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.bundle import ConfigWorkflow
@@ -20,8 +21,11 @@ STRUCTURES = ["whole", "anterior", "posterior"]
 FACTORS = [0.5, 0.625, 0.75, 0.875, 1, 1.5, 2, 4]
 
 
-def evaluate(dataset_dir: str, factor: float) -> tuple[list[int], dict[str, dict[str, str]]]:
-    """Steps per level, and the bundle's summary by metric."""
+def evaluate(
+    dataset_dir: str, factor: float, **changes: Any
+) -> tuple[list[int], dict[str, dict[str, str]]]:
+    """Steps per level, and the bundle's summary by metric, with more changes of its configs."""
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         workflow = ConfigWorkflow(
             config_file=[str(CONFIGS / "train.json"), str(CONFIGS / "evaluate.json")],
@@ -29,6 +33,7 @@ def evaluate(dataset_dir: str, factor: float) -> tuple[list[int], dict[str, dict
             bundle_root=str(CONFIGS.parent),
             dataset_dir=dataset_dir,
             output_dir=folder,
+            **changes,
         )
         steps = [round(n * factor) for n in workflow.parser["network_def"]["steps"]]
         workflow.parser["network_def"]["steps"] = steps
@@ -50,7 +55,6 @@ def show(dataset_dir: str, factor: float, note: str = "") -> None:
 if __name__ == "__main__":
     print("| steps | times | whole | lowest | anterior | posterior |")
     print("| --- | --- | --- | --- | --- | --- |")
-    logging.disable(logging.WARNING)
     for factor in FACTORS:
         show(sys.argv[1], factor)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):

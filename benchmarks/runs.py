@@ -1,7 +1,7 @@
 """Trainings of one kind, such as ten seeds or five folds, and a table of what came out.
 
 - seeds: ten of the recipe, shortened to a third;
-- folds: five-fold cross-validation;
+- folds: five-fold cross-validation, also at more steps;
 - images: 5, 20 and 100 % of the training volumes, all for a third of the recipe's iterations, and
   `BasicUNet` on the same;
 - networks: the recipe by each network, UNets for 30 epochs;
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from measure import BUNDLE, FOLDER, OVERLAYS, config_changes
 from monai.data import partition_dataset
+from more_steps import evaluate
 
 from mednca_monai.data import case_name, load_datalist
 
@@ -218,6 +219,19 @@ def largest_state(log: str) -> str:
     return f"{max(map(float, states)):.0f}" if states else ""
 
 
+def more_steps(dataset_dir: str, folder: Path, factor: float, changes: Changes) -> str:
+    """Dice of the whole by a training of its own split, at other steps; kept in its folder."""
+    kept = folder / f"steps_{factor}.txt"
+    if not kept.exists():
+        files = {
+            "split_file": str(folder / "split.json"),
+            "ckpt_path": str(folder / "checkpoints" / "best.pt"),
+        }
+        _, summary = evaluate(dataset_dir, factor, **changes, **files)
+        kept.write_text(f"{float(summary['dice_whole']['mean']):.4f}")
+    return kept.read_text()
+
+
 def difference(name: str, cases: np.ndarray, others: np.ndarray) -> str:
     """Line on paired differences to other Dice of the same cases: mean ± standard error."""
     differences = cases - others
@@ -238,19 +252,23 @@ def main(kind: str, dataset_dir: str, output_dir: str, changes: Changes) -> None
     folder = Path(output_dir) / kind
     folder.mkdir(parents=True, exist_ok=True)
     runs = {name: run | changes for name, run in KINDS[kind]().items()}
-    print("| run | whole | lowest | anterior | posterior | minutes | rms |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    factors = [2, 4] if kind == "folds" else []
+    columns = ["run", "whole", "lowest", "anterior", "posterior", "minutes", "rms"]
+    columns += [f"{factor} times the steps" for factor in factors]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     found: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(2) as pool:
-        ends = pool.map(lambda name: train(dataset_dir, folder / name, runs[name]), runs)
-        for name, divergence in zip(runs, ends, strict=True):
+        diverged = pool.map(lambda name: train(dataset_dir, folder / name, runs[name]), runs)
+        for name, divergence in zip(runs, diverged, strict=True):
             if divergence:
                 print(f"| {name} | {divergence} |", flush=True)
                 continue
             found[name] = np.loadtxt(folder / name / "cases.csv", delimiter=",", ndmin=2)
             minutes = (folder / name / "training.csv").read_text().splitlines()[-1].split(",")[1]
             rms = largest_state((folder / name / "log.txt").read_text())
-            print(f"{row(name, found[name])} {float(minutes):.0f} | {rms} |", flush=True)
+            ends = [f"{float(minutes):.0f}", rms]
+            ends += [more_steps(dataset_dir, folder / name, n, changes) for n in factors]
+            print(f"{row(name, found[name])} {' | '.join(ends)} |", flush=True)
     if kind == "folds" and found:
         print(f"{row(f'all of {len(found)} folds', np.concatenate([*found.values()]))} |")
     if kind == "seeds" and found:
