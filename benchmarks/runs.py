@@ -216,7 +216,7 @@ def row(name: str, cases: np.ndarray) -> str:
 def largest_state(log: str) -> str:
     """Largest root mean square of a state that a log tells; nothing where it tells none."""
     states = re.findall(r"state_rms_\d+: (\S+)", log)
-    return f"{max(map(float, states)):.0f}" if states else ""
+    return f"{max(map(float, states)):.4g}" if states else ""
 
 
 def more_steps(dataset_dir: str, folder: Path, factor: float, changes: Changes) -> str:
@@ -227,7 +227,7 @@ def more_steps(dataset_dir: str, folder: Path, factor: float, changes: Changes) 
             "split_file": str(folder / "split.json"),
             "ckpt_path": str(folder / "checkpoints" / "best.pt"),
         }
-        _, summary = evaluate(dataset_dir, factor, **changes, **files)
+        _, summary = evaluate(dataset_dir, factor, **changes | files)
         kept.write_text(f"{float(summary['dice_whole']['mean']):.4f}")
     return kept.read_text()
 
