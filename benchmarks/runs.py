@@ -6,8 +6,8 @@
   `BasicUNet` on the same;
 - networks: the recipe by each network, UNets for 30 epochs;
 - front: other channels, hidden sizes, steps and levels, a third of the recipe's length;
-- causes: 14 epochs of two levels on small patches without varied iterations, other fire rates,
-  steps, scales and patches;
+- causes: 14 epochs of two levels on small patches without varied iterations and a bound of the
+  states, other fire rates, steps, scales and patches;
 - paper: the paper's network and optimizer on slices, five seeds with all safeguards, then without
   each and without any.
 
@@ -47,6 +47,7 @@ WITHOUT = {
     "clipping": {"train#handlers#2#max_norm": 1e9},
     "averaging": {"ema_momentum": 1.0},
     "variants": {"train#handlers#4#last_epochs": 0},
+    "bound": {"train#handlers#3#bound": 1e9},  # of the states
     "one cycle": {
         "lr_scheduler": {
             "_target_": "torch.optim.lr_scheduler.ConstantLR",
@@ -129,7 +130,7 @@ def front() -> dict[str, Changes]:
 
 
 def causes() -> dict[str, Changes]:
-    """14 epochs of two levels on small patches without varied iterations, and what changes do."""
+    """14 epochs of two levels on small patches at the usual steps, and what changes do."""
     half, longer = {"fire_rate": 0.5}, {"steps": 24}
     changes = {
         "fire rate 0.5": half,
@@ -141,7 +142,7 @@ def causes() -> dict[str, Changes]:
         "fire rate 1, 24 + 24 steps": {"fire_rate": 1.0} | longer,
         "fire rate 0.9, patches of 28 x 38 x 28": {},
     }
-    usual = {"train#handlers#4#steps": [1, 1], "train#handlers#4#last_epochs": 0}
+    usual = {"train#handlers#4#steps": [1, 1], **WITHOUT["variants"], **WITHOUT["bound"]}
     short = {"max_epochs": 14, "roi_size": [20, 24, 20]} | usual
     runs = {name: short | network(**TWO_LEVELS | change) for name, change in changes.items()}
     runs["fire rate 0.9, patches of 28 x 38 x 28"]["roi_size"] = [28, 38, 28]

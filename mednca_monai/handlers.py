@@ -51,11 +51,10 @@ class EpochSeed:
 class VariedIterations:
     """Draw how many steps each iteration takes and, in the last epochs, how large its patches are.
 
-    More steps than usual then do less harm, though not in every training; drawing them in the last
-    epochs alone achieves less. Larger patches teach the finer levels what the mirrored border of a
-    small one does not; they, and many more steps, would make the first epochs slow. The draw
-    depends on the iteration's number alone, not on the training's seed: processes agree, and a
-    training resumes unchanged.
+    More steps than usual then do less harm; drawing them in the last epochs alone achieves less.
+    Larger patches teach the finer levels what the mirrored border of a small one does not; they,
+    and many more steps, would make the first epochs slow. The draw depends on the iteration's
+    number alone, not on the training's seed: processes agree, and a training resumes unchanged.
 
     Args:
         network: that is trained.
@@ -63,9 +62,9 @@ class VariedIterations:
         steps: lowest and highest factor of ``network.steps``, above 0; each iteration draws its
             own from between, the same for all levels.
         variants: of an iteration, each with a ``weight`` (how likely it is, at least 0), ``steps``
-            (above 0, another factor) and a ``roi_size``. This factor grows from epoch to epoch and
-            is ``steps`` from the middle of the last epochs on: many more steps at once would let
-            the states grow.
+            (above 0) and a ``roi_size``. Another factor is drawn from between 1 and ``steps``, at
+            first from less: that grows from epoch to epoch and is all of it from the middle of the
+            last epochs on, as many more steps at once would let the states grow.
         last_epochs: so many (at least 0) at the end of each run of the trainer draw a variant.
 
     Raises:
@@ -123,7 +122,9 @@ class VariedIterations:
         if 0 <= left < self.last_epochs:
             drawn = int(torch.multinomial(self.weights, 1, generator=generator))
             times, roi_size = self.variants[drawn]
-            factor *= 1 + (times - 1) * min(1, 2 - 2 * left / self.last_epochs)
+            part = min(1, 2 - 2 * left / self.last_epochs)
+            part *= float(torch.rand(1, generator=generator))
+            factor *= 1 + (times - 1) * part
             roi_sizes = [roi_size] * len(self.patches)
         self.vary(factor, roi_sizes)
 
@@ -145,34 +146,54 @@ class VariedIterations:
 
 
 class StateNorm:
-    """Log how large the states grow, among the trainer's metrics as ``state_rms_<level>``.
+    """Log how large the states grow, and let the loss push back the numbers beyond a bound.
 
-    It is the root mean square of the cells after a level's steps, the largest of an epoch in this
-    process.
+    Logged is the root mean square of the cells after a level's steps, the largest of an epoch in
+    this process, among the trainer's metrics as ``state_rms_<level>``. Added to the loss is, summed
+    over all levels but the finest, the mean of ``log(1 + max(0, |x| - bound))`` over the numbers
+    ``x`` of the cells after a level's steps: the loss of the segmentation hardly sees that they
+    grow from step to step, which at more steps spoils it.
 
     Args:
         network: that is trained.
+        bound: of a cell's numbers, above 0.
+
+    Raises:
+        ValueError: where ``bound`` breaks its rule.
     """
 
-    def __init__(self, network: MedNCA) -> None:
+    def __init__(self, network: MedNCA, bound: float) -> None:
+        if not (is_number(bound) and bound > 0):
+            raise ValueError(f"`bound` must be a finite number above 0, got {bound!r}.")
         self.network = network
+        self.bound = bound
         self.largest: dict[str, Tensor] = {}
+        self.penalties: dict[int, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
         """Look at the states of each forward pass."""
         for level, automaton in enumerate(self.network.levels):
-            automaton.register_forward_hook(partial(self.note, f"state_rms_{level}"))
+            automaton.register_forward_hook(partial(self.note, level))
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.add_penalty)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.log)
 
     def reset(self, engine: Engine) -> None:
         """Forget the epoch before."""
         self.largest.clear()
 
-    def note(self, name: str, automaton: nn.Module, inputs: object, cells: Tensor) -> None:
-        """Keep the largest."""
-        rms = cells.detach().square().mean().sqrt()
+    def note(self, level: int, automaton: nn.Module, inputs: object, cells: Tensor) -> None:
+        """Keep the largest, and the penalty."""
+        name, rms = f"state_rms_{level}", cells.detach().square().mean().sqrt()
         self.largest[name] = torch.maximum(self.largest.get(name, rms), rms)  # NaN stays
+        if level < len(self.network.levels) - 1:
+            self.penalties[level] = (cells.abs() - self.bound).relu().log1p().mean()
+
+    def add_penalty(self, engine: Engine) -> None:
+        """Add the penalties to the trainer's loss."""
+        output: Any = engine.state.output
+        output["loss"] = output["loss"] + sum(self.penalties.values())
+        self.penalties.clear()
 
     def log(self, engine: Engine) -> None:
         """Tell the trainer, whose statistics handlers show it."""
