@@ -62,9 +62,9 @@ class VariedIterations:
         steps: lowest and highest factor of ``network.steps``, above 0; each iteration draws its
             own from between, the same for all levels.
         variants: of an iteration, each with a ``weight`` (how likely it is, at least 0), ``steps``
-            (above 0) and a ``roi_size``. Another factor is drawn from between 1 and ``steps``, at
-            first from less: that grows from epoch to epoch and is all of it from the middle of the
-            last epochs on, as many more steps at once would let the states grow.
+            (above 0) and a ``roi_size``. Another factor, by which the first is multiplied, is drawn
+            from between 1 and ``steps``: a range that widens from epoch to epoch up to the middle
+            of the last epochs, as many more steps at once would let the states grow.
         last_epochs: so many (at least 0) at the end of each run of the trainer draw a variant.
 
     Raises:
@@ -151,12 +151,13 @@ class StateNorm:
     Logged is the root mean square of the cells after a level's steps, the largest of an epoch in
     this process, among the trainer's metrics as ``state_rms_<level>``. Added to the loss is, summed
     over all levels but the finest, the mean of ``log(1 + max(0, |x| - bound))`` over the numbers
-    ``x`` of the cells after a level's steps: the loss of the segmentation hardly sees that they
-    grow from step to step, which at more steps spoils it.
+    ``x`` of the cells after a level's steps, those of the last forward pass in this process: the
+    loss of the segmentation hardly sees that they grow from step to step, which at more steps
+    spoils the segmentation. Attach it before a `DivergenceGuard`, which then checks the whole loss.
 
     Args:
         network: that is trained.
-        bound: of a cell's numbers, above 0.
+        bound: of a cell's numbers, finite and above 0.
 
     Raises:
         ValueError: where ``bound`` breaks its rule.

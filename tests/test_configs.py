@@ -193,14 +193,15 @@ def test_the_benchmarks_unet_trains_without_what_asks_for_cell_automata():
     parser = parse("train.json")
     for name in ("unet", "basic_unet"):  # which does not tell its dimensions
         parser.update(json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()))
-    for place in (3, 4):
+    for place in (2, 4):
         assert parser.get_parsed_content(f"train#handlers#{place}") is None
 
 
 def test_the_benchmarks_paper_changes_what_it_means_to():
     overlay = json.loads((ROOT / "benchmarks" / "paper.json").read_text())
     train = parse("train.json")
-    assert train["train#handlers#2"]["_target_"] == "mednca_monai.handlers.DivergenceGuard"
+    assert train["train#handlers#2"]["_target_"] == "mednca_monai.handlers.StateNorm"
+    assert train["train#handlers#3"]["_target_"] == "mednca_monai.handlers.DivergenceGuard"
     assert train["train#handlers#4"]["_target_"] == "mednca_monai.handlers.VariedIterations"
     assert train["train#random_transforms#6"]["_target_"] == "RandCropByPosNegLabeld"
     for key in overlay.keys() - {"as_slice"}:

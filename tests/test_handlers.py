@@ -503,6 +503,11 @@ def test_each_run_of_a_trainer_draws_in_its_own_last_epochs():
     assert seen == [9, 9, 4, 9, 4]
 
 
+def test_each_level_takes_a_step_at_least():
+    seen = varied_training([variant(1, 1)], steps=(0.01, 0.01))
+    assert {found[0] for found in seen.values()} == {(1, 1)}
+
+
 def test_a_training_that_resumes_draws_the_same_variants():
     variants = [variant(1, steps, round(10 * steps)) for steps in (0.1, 1, 2, 4)]
     whole = varied_training(variants, steps=(0.75, 1.5))
@@ -609,8 +614,8 @@ def test_numbers_beyond_the_bound_of_all_levels_but_the_finest_add_to_the_loss()
     for automaton, state in zip(network.levels, cells, strict=True):
         automaton.forward = lambda *_, state=state: state
 
-    def step(engine, batch):
-        for _ in range(2):  # the last one counts, not what a validation did before
+    def step(engine, passes):
+        for _ in range(passes):  # the last one counts, not what a validation did before
             network(torch.zeros(1, 1, 16, 16))
         engine.state.output = {"loss": torch.tensor(0.5)}
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
@@ -619,14 +624,37 @@ def test_numbers_beyond_the_bound_of_all_levels_but_the_finest_add_to_the_loss()
     engine = Engine(step)
     engine.register_events(*IterationEvents)
     StateNorm(network, bound=4).attach(engine)
-    for _ in range(2):  # nothing is left of the iteration before
-        loss = engine.run([0]).output["loss"]
-        assert loss.item() == pytest.approx(0.5 + 2 * 0.5 * math.log(3))
+    loss = engine.run([2]).output["loss"]
+    assert loss.item() == pytest.approx(0.5 + 2 * 0.5 * math.log(3))
     loss.backward()
+    assert engine.run([0]).output["loss"] == 0.5  # nothing is left of the iteration before
     assert cells[2].grad is None
     for state in cells[:2]:
         assert (state.grad[..., :2] < 0).all()
         assert (state.grad[..., 2:] == 0).all()
+
+
+def test_a_coarse_state_that_is_not_finite_ends_a_training_before_its_step():
+    network = MedNCA(2, 1, 1, num_channels=2, steps=1)
+    coarse, fine = network.levels
+    bias = fine.hidden.bias
+    coarse.forward = lambda *_: torch.full((1, 2, 2, 2), math.inf)
+    fine.forward = lambda *_: bias.sum().expand(1, 2, 8, 8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[{"image": torch.zeros(1, 1, 8, 8), "label": torch.ones(1, 1, 8, 8)}],
+        network=network,
+        optimizer=optimizer,
+        loss_function=torch.nn.MSELoss(),
+    )
+    StateNorm(network, bound=4).attach(trainer)
+    DivergenceGuard(network.parameters(), optimizer, max_norm=1.0).attach(trainer)
+    before = bias.clone()
+    with pytest.raises(FloatingPointError, match="The loss is inf"):
+        trainer.run()
+    assert torch.equal(bias, before)
 
 
 @pytest.mark.parametrize("bound", [0, -1.0, math.nan, math.inf, "1", None, True])
