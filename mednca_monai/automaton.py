@@ -94,7 +94,7 @@ class CellularAutomaton(nn.Module):
         hidden_size: width of the rule's hidden layer.
         level: number of this automaton in the network, from coarse to fine; the fire masks know it.
         steps: how often the rule is applied.
-        fire_rate: probability in (0, 1] that a cell is updated in a step.
+        fire_rate: probability in [2**-32, 1] that a cell is updated in a step.
         firing: ``"independent"`` or ``"sublattices"``, see `mednca_monai.firing`.
         kernel_size: odd width of the perceived neighbourhood, in cells.
         perception: ``"dense"`` (two dense convolutions) or ``"depthwise"`` (one depthwise).
@@ -553,7 +553,8 @@ class Trajectory(torch.autograd.Function):
         """Gradients of image, cells and weights."""
         automaton: CellularAutomaton = ctx.automaton
         image, *saved = ctx.saved_tensors
-        starts = range(0, automaton.steps, automaton.segment_steps)
+        steps = len(ctx.firing.drawn)  # of the forward pass
+        starts = range(0, steps, automaton.segment_steps)
         kept = [saved.pop() for _ in starts]
         rule = [weight.detach().requires_grad_() for weight in saved[: ctx.length]]
         weights = [*rule, *saved[ctx.length :]]
@@ -564,7 +565,7 @@ class Trajectory(torch.autograd.Function):
         automaton.own(upstream).copy_(gradient)
         for start, cells in zip(reversed(starts), kept, strict=True):
             segment = [cells]
-            last = min(start + automaton.segment_steps, automaton.steps) - 1
+            last = min(start + automaton.segment_steps, steps) - 1
             for step in range(start, last):
                 own.copy_(segment[-1])
                 reflect(padded, automaton.radius)

@@ -1,6 +1,8 @@
 """Checks of arguments, with messages that give argument, rule and value."""
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,13 +24,15 @@ def check_ints(name: str, value: int | Sequence[int], count: int, of: str) -> li
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number (no bool).
+    """Whether a value is a finite number (no bool), of Python or numpy.
 
     Example:
         >>> [is_number(value) for value in (1, 0.5, float("nan"), float("inf"), True, "1", None)]
         [True, True, False, False, False, False, False]
     """
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return bool(value == value and abs(value) != math.inf)  # NaN differs from itself
 
 
 def check_finite(name: str, values: Tensor, where: str = "") -> None:
@@ -41,7 +45,7 @@ def check_finite(name: str, values: Tensor, where: str = "") -> None:
 
 def check_classes(name: str, labels: Tensor, count: int, where: str = "") -> None:
     """Raise ValueError where a label map holds anything but integers from 0 to ``count`` - 1."""
-    known = (labels >= 0) & (labels < count) & (labels == labels.round())
+    known = (labels >= 0) & (labels < count) & (labels % 1 == 0)
     if not bool(known.all()):
         value = float(labels[~known][0])
         raise ValueError(f"`{name}` must hold integers from 0 to {count - 1}, got {value}{where}.")

@@ -199,8 +199,9 @@ def list_images(path: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, 
     else:
         folder, description = read_dataset(path)
         items = description.get("test") or description.get("training") or []
-        names: list[Any] = [i.get("image") if isinstance(i, dict) else i for i in items]
-        if not isinstance(items, list) or not all(isinstance(name, str) for name in names):
+        listed = items if isinstance(items, list) else [None]
+        names: list[Any] = [i.get("image") if isinstance(i, dict) else i for i in listed]
+        if not all(isinstance(name, str) for name in names):
             raise ValueError(f"`dataset.json` must list images, got {items!r}.")
         images = sorted(inside(folder, name) for name in names)
     if not any(os.path.exists(image) for image in images):

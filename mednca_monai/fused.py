@@ -89,7 +89,7 @@ class Steps(NamedTuple):
             states: before the step.
             upstream: gradient of those after it.
             step: number of the step.
-            weights: of `packed`.
+            weights: of `packed`, by `cast`.
             sums: gradients of ``weights``, of the first in `PROGRAMS` parts, added to in place.
         """
         count, *axes = self.grid(states)

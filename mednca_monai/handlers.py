@@ -15,6 +15,7 @@ from monai.handlers.checkpoint_loader import CheckpointLoader
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from mednca_monai.checks import check_int, check_ints, is_number
 from mednca_monai.files import whole_file
@@ -44,28 +45,31 @@ class EpochSeed:
         """Seed with a number of its own for each training seed, epoch and process."""
         epoch = self.seed * 1_000_003 + engine.state.epoch
         seed = epoch * idist.get_world_size() + idist.get_rank()
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         set_rnd(self.dataset, seed)
 
 
 class VariedIterations:
-    """Draw how many steps each iteration takes and, in the last epochs, how large its patches are.
+    """Train at varied numbers of steps and, in the last epochs, with varied sizes of patches.
 
-    More steps than usual then do less harm; drawing them in the last epochs alone achieves less.
-    Larger patches teach the finer levels what the mirrored border of a small one does not; they,
-    and many more steps, would make the first epochs slow. The draw depends on the iteration's
-    number alone, not on the training's seed: processes agree, and a training resumes unchanged.
+    A network that is trained at one number of steps segments worse at more. So each iteration
+    multiplies ``network.steps`` by a factor drawn from the range ``steps``, the same for all
+    levels. In the last epochs it also draws a variant: the size of its patches, and a second
+    factor, between 1 and the variant's ``steps``. That range widens from epoch to epoch and is
+    whole from the middle of the last epochs on, as many more steps at once would let the states
+    grow. Larger patches teach the finer levels what the mirrored border of a small one does not.
+    Both would make the first epochs slow; the first factor achieves less in the last epochs alone.
+    Draws depend on the iteration's number only, not on the training's seed: processes agree, and a
+    training resumes unchanged.
 
     Args:
         network: that is trained.
         patches: inferer and batch preparation of the trainer, whose ``roi_size`` varies.
-        steps: lowest and highest factor of ``network.steps``, above 0; each iteration draws its
-            own from between, the same for all levels.
-        variants: of an iteration, each with a ``weight`` (how likely it is, at least 0), ``steps``
-            (above 0) and a ``roi_size``. Another factor, by which the first is multiplied, is drawn
-            from between 1 and ``steps``: a range that widens from epoch to epoch up to the middle
-            of the last epochs, as many more steps at once would let the states grow.
-        last_epochs: so many (at least 0) at the end of each run of the trainer draw a variant.
+        steps: lowest and highest first factor, above 0.
+        variants: each with a ``weight`` (how likely it is, at least 0), ``steps`` (one end of the
+            second factor's range, above 0; the other is 1) and a ``roi_size`` in cells of the
+            finest level.
+        last_epochs: number of epochs, at least 0, at the end of each run that draw a variant.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -146,14 +150,15 @@ class VariedIterations:
 
 
 class StateNorm:
-    """Log how large the states grow, and let the loss push back the numbers beyond a bound.
+    """Log how large the states grow, and add to the loss what keeps the coarse ones small.
 
-    Logged is the root mean square of the cells after a level's steps, the largest of an epoch in
-    this process, among the trainer's metrics as ``state_rms_<level>``. Added to the loss is, summed
-    over all levels but the finest, the mean of ``log(1 + max(0, |x| - bound))`` over the numbers
-    ``x`` of the cells after a level's steps, those of the last forward pass in this process: the
-    loss of the segmentation hardly sees that they grow from step to step, which at more steps
-    spoils the segmentation. Attach it before a `DivergenceGuard`, which then checks the whole loss.
+    The loss of the segmentation hardly sees that coarse states grow from step to step, which spoils
+    the segmentation at more steps than usual. Let ``x`` be the cells' own channels (without the
+    image's) after a level's last step. Logged is the root mean square of ``x``, the largest of an
+    epoch in this process, as ``state_rms_<level>`` among the trainer's metrics. Added to the loss
+    is the mean of ``log(1 + max(0, |x| - bound))``, summed over all levels but the finest, whose
+    channels hold the logits; of several forward passes before the loss only the last counts. Attach
+    it before a `DivergenceGuard`, which then checks the whole loss.
 
     Args:
         network: that is trained.
@@ -170,18 +175,30 @@ class StateNorm:
         self.bound = bound
         self.largest: dict[str, Tensor] = {}
         self.penalties: dict[int, Tensor] = {}
+        self.hooks: list[RemovableHandle] = []
 
     def attach(self, engine: Engine) -> None:
-        """Look at the states of each forward pass."""
-        for level, automaton in enumerate(self.network.levels):
-            automaton.register_forward_hook(partial(self.note, level))
+        """Look at the states of each forward pass while the trainer runs."""
+        engine.add_event_handler(Events.STARTED, self.watch)
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.add_penalty)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.log)
+        engine.add_event_handler(Events.COMPLETED, self.release)
 
     def reset(self, engine: Engine) -> None:
         """Forget the epoch before."""
         self.largest.clear()
+
+    def watch(self, engine: Engine) -> None:
+        """Look at the states from now on."""
+        for level, automaton in enumerate(self.network.levels):
+            self.hooks.append(automaton.register_forward_hook(partial(self.note, level)))
+
+    def release(self, engine: Engine) -> None:
+        """Leave the network as it was, and nothing of its graph."""
+        while self.hooks:
+            self.hooks.pop().remove()
+        self.penalties.clear()
 
     def note(self, level: int, automaton: nn.Module, inputs: object, cells: Tensor) -> None:
         """Keep the largest, and the penalty."""
@@ -276,7 +293,16 @@ class DivergenceGuard:
         self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
-        """Run after each loss and each gradient."""
+        """Run after each loss and each gradient.
+
+        Raises:
+            ValueError: where the trainer accumulates gradients, whose parts would be clipped.
+        """
+        accumulated = getattr(engine, "accumulation_steps", 1)  # of MONAI 1.6
+        if accumulated != 1:
+            raise ValueError(
+                f"`accumulation_steps` must be 1 with a DivergenceGuard, got {accumulated!r}."
+            )
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip_gradient)
 
@@ -302,8 +328,8 @@ class DivergenceGuard:
             raise FloatingPointError(
                 f"The {what} is {value.item()} in epoch {engine.state.epoch}, iteration "
                 f"{engine.state.iteration}, at learning rate {rate:g}. "
-                "The last checkpoint holds the last finite state; lower the learning rate "
-                "and train in another folder."
+                "Lower the learning rate and train in another folder; a checkpoint, if there is "
+                "one, is of the end of an earlier epoch."
             )
 
 
@@ -314,7 +340,7 @@ class CheckpointLoaderNaming(CheckpointLoader):
         """Load the file.
 
         Raises:
-            ValueError: where it holds something else than what it should load.
+            ValueError: where it cannot be read or holds something else than it should.
         """
         try:
             super().__call__(engine)

@@ -227,10 +227,8 @@ class TiledInferer(Inferer):
         part = image[box(begin, end)]
         inner = [Region(r.start - origin * factor**i, r.size) for i, r in enumerate(regions)]
         logits = network(part, seed=seed, regions=inner, origin=origin)
-        first, last = (
-            (torch.tensor(place) - regions[-1].start).flatten().tolist() for place in (start, stop)
-        )
-        return logits[box(first, last)]
+        size = [b - a for a, b in zip(start, stop, strict=True)]
+        return crop(logits, Region(torch.tensor([start]) - regions[-1].start, size))
 
 
 class EnsembleInferer(Inferer):

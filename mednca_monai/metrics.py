@@ -22,7 +22,7 @@ from monai.utils.dist import string_list_all_gather
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 
-from mednca_monai.checks import check_classes, check_int
+from mednca_monai.checks import check_classes, check_int, is_number
 from mednca_monai.data import case_name
 from mednca_monai.files import whole_file
 
@@ -58,7 +58,7 @@ class CaseMetric(CumulativeIterationMetric):
         super().__init__()
         if measure not in MEASURES:
             raise ValueError(f"`measure` must be one of {', '.join(MEASURES)}, got {measure!r}.")
-        if not 0 <= tolerance < math.inf:
+        if not (is_number(tolerance) and tolerance >= 0):
             raise ValueError(f"`tolerance` must be finite and at least 0, got {tolerance!r}.")
         self.measure = measure
         self.num_classes = check_int("num_classes", num_classes, 2)
@@ -140,8 +140,8 @@ class CaseReport(MetricsSaver):
         out_channels: number of classes that ``label_names`` must name, if given.
 
     Raises:
-        ValueError: where it names another number, or no class or two columns of the same name come
-            out.
+        ValueError: where ``label_names`` does not name ``out_channels`` classes, names none but the
+            background, or two columns would have the same name.
     """
 
     def __init__(

@@ -103,7 +103,8 @@ class MedNCA(nn.Module):
             state and one depthwise convolution of it).
         norm: MONAI name, or (name, arguments), of a normalisation of the hidden layer; ``None``.
         segment_steps: training keeps the state of every so many steps, at least 1, and computes
-            the others again: more than 1 costs time, and memory is least at their square root.
+            the others again: more than 1 costs time, and memory is least near the square root of
+            ``steps``.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -218,8 +219,8 @@ class MedNCA(nn.Module):
             Logits of the image, ``(B, out_channels, *spatial)``, or of the finest region.
 
         Raises:
-            ValueError: where ``image`` has another rank, number of channels, or is empty, or
-                ``seed`` another shape.
+            ValueError: where ``image`` has another rank or number of channels, is not floating
+                point, or is empty, or ``seed`` has another shape.
         """
         if not torch.jit.is_scripting() and isinstance(image, MetaTensor):  # type: ignore[attr-defined]
             logits = self.forward(image.as_tensor(), seed, regions, origin)
@@ -255,7 +256,7 @@ class MedNCA(nn.Module):
         return images
 
     def check_image(self, image: Tensor) -> None:
-        """Raise ValueError where an image has the wrong rank, number of channels, or is empty."""
+        """Raise ValueError where an image has another rank, type or channels, or is empty."""
         if image.dim() != self.spatial_dims + 2:
             raise ValueError(
                 f"`image` must have {self.spatial_dims + 2} axes (batch, channel, "

@@ -19,7 +19,7 @@ from monai.utils.misc import ensure_tuple
 from monai.utils.type_conversion import convert_to_numpy, convert_to_tensor
 from torch import Tensor
 
-from mednca_monai.checks import check_classes, check_finite
+from mednca_monai.checks import check_classes, check_finite, is_number
 from mednca_monai.files import whole_file
 
 
@@ -175,7 +175,7 @@ class ResampleSpacingd(Spacingd):
 
     def __init__(self, keys: KeysCollection, pixdim: Sequence[float], **arguments: Any) -> None:
         sizes = pixdim if isinstance(pixdim, Sequence) else []
-        if len(sizes) != 3 or not all(0 < size < float("inf") for size in sizes):
+        if len(sizes) != 3 or not all(is_number(n) and n > 0 for n in sizes):
             raise ValueError(f"`pixdim` must be 3 numbers above 0, got {pixdim!r}.")
         super().__init__(keys, pixdim, **arguments)
 

@@ -222,6 +222,23 @@ def test_gradients_in_single_precision_are_those_in_double(
         assert_close(one, other, rtol=0, atol=limit, check_dtype=False)
 
 
+@pytest.mark.parametrize("later", [1, 7])
+def test_gradients_are_those_of_the_forward_pass_whatever_steps_are_set_after_it(
+    spatial_dims, later
+):
+    automaton = make_automaton(spatial_dims, steps=4, segment_steps=3)
+    state = make_state([6] * spatial_dims)
+    gradients = []
+    for steps in (4, later):
+        automaton.zero_grad()
+        automaton.steps = 4
+        loss = run(automaton, state).square().sum()
+        automaton.steps = steps
+        loss.backward()
+        gradients.append([weight.grad.clone() for weight in automaton.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("segment_steps", [1, 3, 10])
 def test_training_keeps_the_cells_of_every_segment_and_no_more(spatial_dims, segment_steps):
     automaton = make_automaton(spatial_dims, steps=10, segment_steps=segment_steps)

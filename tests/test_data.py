@@ -259,7 +259,7 @@ def test_suffixes_may_be_upper_case_and_what_is_left_out_is_told(tmp_path, caplo
     assert case_name("A.NII.GZ") == "A"
 
 
-@pytest.mark.parametrize("test", ["image.nii", [7], [{"label": "label.nii"}]])
+@pytest.mark.parametrize("test", ["image.nii", 5, [7], [{"label": "label.nii"}]])
 def test_a_dataset_must_list_its_images(tmp_path, test):
     (tmp_path / "dataset.json").write_text(json.dumps({"test": test}))
     with pytest.raises(ValueError, match=r"`dataset.json` must list images, got"):

@@ -1,3 +1,4 @@
+import copy
 import math
 import os
 import re
@@ -71,6 +72,11 @@ def test_epochs_seeds_and_processes_draw_differently(monkeypatch):
         runs += [draws(seed=0), draws(seed=1)]
     epochs = [str(sorted(epoch)) for run in runs for epoch in run.values()]
     assert len(set(epochs)) == len(epochs) == 4 * 3
+
+
+@pytest.mark.parametrize("seed", [-7, 20260101123456, 10**30])
+def test_any_integer_seeds_the_epochs(seed):
+    assert draws(seed, max_epochs=1) == draws(seed, max_epochs=1) != draws(max_epochs=1)
 
 
 class Line(torch.nn.Module):
@@ -190,6 +196,14 @@ def test_the_gradient_of_a_scaled_loss_is_clipped_unscaled(monkeypatch, loss, ma
     trainer.amp = True
     trainer.run()
     assert network.weight.tolist() == pytest.approx([weight], rel=1e-5)
+
+
+def test_accumulated_gradients_whose_parts_would_be_clipped_are_refused():
+    network, trainer = guarded_training(Losses())
+    trainer.accumulation_steps = 2
+    guard = DivergenceGuard(network.parameters(), trainer.optimizer, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"`accumulation_steps` must be 1 .* got 2"):
+        guard.attach(trainer)
 
 
 def resumable_training(folder, scores, max_epochs, interval=1, width=1):
@@ -634,14 +648,8 @@ def test_numbers_beyond_the_bound_of_all_levels_but_the_finest_add_to_the_loss()
         assert (state.grad[..., 2:] == 0).all()
 
 
-def test_a_coarse_state_that_is_not_finite_ends_a_training_before_its_step():
-    network = MedNCA(2, 1, 1, num_channels=2, steps=1)
-    coarse, fine = network.levels
-    bias = fine.hidden.bias
-    coarse.forward = lambda *_: torch.full((1, 2, 2, 2), math.inf)
-    fine.forward = lambda *_: bias.sum().expand(1, 2, 8, 8)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    trainer = SupervisedTrainer(
+def trainer_of_an_image(network, optimizer):
+    return SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
         train_data_loader=[{"image": torch.zeros(1, 1, 8, 8), "label": torch.ones(1, 1, 8, 8)}],
@@ -649,12 +657,34 @@ def test_a_coarse_state_that_is_not_finite_ends_a_training_before_its_step():
         optimizer=optimizer,
         loss_function=torch.nn.MSELoss(),
     )
+
+
+def test_a_coarse_state_that_is_not_finite_ends_a_training_before_its_step():
+    network = MedNCA(2, 1, 1, num_channels=2, steps=1)
+    coarse, fine = network.levels
+    bias = fine.hidden.bias
+    coarse.forward = lambda *_: torch.full((1, 2, 2, 2), math.inf)
+    fine.forward = lambda *_: bias.sum().expand(1, 2, 8, 8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    trainer = trainer_of_an_image(network, optimizer)
     StateNorm(network, bound=4).attach(trainer)
     DivergenceGuard(network.parameters(), optimizer, max_norm=1.0).attach(trainer)
     before = bias.clone()
     with pytest.raises(FloatingPointError, match="The loss is inf"):
         trainer.run()
     assert torch.equal(bias, before)
+
+
+def test_a_trained_network_is_left_as_it_was():
+    network = MedNCA(2, 1, 1, num_channels=2, steps=1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    trainer = trainer_of_an_image(network, optimizer)
+    StateNorm(network, bound=4).attach(trainer)
+    trainer.run()
+    assert trainer.state.metrics["state_rms_0"] == 0
+    network(torch.zeros(1, 1, 8, 8)).sum().backward()
+    copy.deepcopy(network)  # refuses kept graphs
+    torch.jit.script(network)  # refuses hooks
 
 
 @pytest.mark.parametrize("bound", [0, -1.0, math.nan, math.inf, "1", None, True])

@@ -206,6 +206,7 @@ def test_the_aggregate_is_the_mean_over_cases_of_the_mean_over_classes_present()
         (("surface_dice", 2, -1), "`tolerance` must be finite and at least 0, got -1"),
         (("surface_dice", 2, math.inf), "`tolerance` must be finite and at least 0, got inf"),
         (("surface_dice", 2, math.nan), "`tolerance` must be finite and at least 0, got nan"),
+        (("surface_dice", 2, "1"), "`tolerance` must be finite and at least 0, got '1'"),
     ],
 )
 def test_a_wrong_setting_is_named(arguments, message):

@@ -187,7 +187,9 @@ def test_voxels_in_another_unit_are_refused_with_the_files_name(pixdim):
         ResampleSpacingd("image", pixdim=pixdim)(data)
 
 
-@pytest.mark.parametrize("pixdim", [1.0, [1, 1], [1, 1, 0], [1, -1, 1], [1, 1, float("nan")]])
+@pytest.mark.parametrize(
+    "pixdim", [1.0, [1, 1], [1, 1, 0], [1, -1, 1], [1, 1, float("nan")], ["1", 1, 1]]
+)
 def test_voxels_of_no_size_are_refused(pixdim):
     with pytest.raises(ValueError, match="`pixdim` must be 3 numbers above 0, got"):
         ResampleSpacingd("image", pixdim=pixdim)
