@@ -125,7 +125,7 @@ class CellularAutomaton(nn.Module):
         self.level = level
         self.steps = steps
         self.segment_steps = segment_steps
-        self.threshold = round(fire_rate * 2**32)
+        self.threshold = round(float(fire_rate) * 2**32)
         self.firing = firing
         self.radius = kernel_size // 2
         self.is_dense = perception == "dense"

@@ -94,8 +94,8 @@ if torch.ops.aten.mkldnn_convolution not in flop_registry:  # which refuses a se
 def gradient_of_kernel(x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
     """Gradient of the kernel that convolves ``x`` without padding, from that of the output.
 
-    The images are cut in two along their first axis and taken as twice as many: for a single one
-    PyTorch takes a slower way.
+    The images are cut in two along their first spatial axis, with what the kernel needs around each
+    half, and taken as twice as many: for a single one PyTorch takes a slower way.
     """
     rows, border = gradient.shape[2], shape[2] - 1
     half = (rows + 1) // 2

@@ -178,7 +178,10 @@ class StateNorm:
         self.hooks: list[RemovableHandle] = []
 
     def attach(self, engine: Engine) -> None:
-        """Look at the states of each forward pass while the trainer runs."""
+        """Look at the states of each forward pass while the trainer runs, and no more at its end.
+
+        After a training that failed the network keeps its hooks.
+        """
         engine.add_event_handler(Events.STARTED, self.watch)
         engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.add_penalty)
@@ -195,10 +198,9 @@ class StateNorm:
             self.hooks.append(automaton.register_forward_hook(partial(self.note, level)))
 
     def release(self, engine: Engine) -> None:
-        """Leave the network as it was, and nothing of its graph."""
+        """Leave the network as it was."""
         while self.hooks:
             self.hooks.pop().remove()
-        self.penalties.clear()
 
     def note(self, level: int, automaton: nn.Module, inputs: object, cells: Tensor) -> None:
         """Keep the largest, and the penalty."""

@@ -131,7 +131,7 @@ def test_influence_travels_one_radius_a_step_and_no_further(
 
 def test_the_fraction_of_cells_that_a_step_updates_is_the_fire_rate(spatial_dims):
     size = [64, 65] if spatial_dims == 2 else [16, 16, 17]
-    for fire_rate in (0.1, 0.5, 0.8):
+    for fire_rate in (0.1, 0.5, np.float16(0.8)):
         automaton = make_automaton(spatial_dims, steps=1, fire_rate=fire_rate)
         torch.nn.init.ones_(automaton.hidden.bias)
         state = make_state(size)
