@@ -295,18 +295,18 @@ class DivergenceGuard:
         self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
-        """Run after each loss and each gradient.
+        """Run after each loss and each gradient."""
+        engine.add_event_handler(Events.STARTED, self.check_trainer)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip_gradient)
 
-        Raises:
-            ValueError: where the trainer accumulates gradients, whose parts would be clipped.
-        """
-        accumulated = getattr(engine, "accumulation_steps", 1)  # of MONAI 1.6
+    def check_trainer(self, engine: Engine) -> None:
+        """Raise ValueError where gradients are accumulated, whose parts would be clipped."""
+        accumulated = getattr(engine, "accumulation_steps", 1)  # MONAI 1.6 sets it after attaching
         if accumulated != 1:
             raise ValueError(
                 f"`accumulation_steps` must be 1 with a DivergenceGuard, got {accumulated!r}."
             )
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
-        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip_gradient)
 
     def check_loss(self, engine: Engine) -> None:
         """Raise FloatingPointError where the loss is not finite."""

@@ -1,4 +1,3 @@
-import copy
 import math
 import os
 import re
@@ -200,10 +199,10 @@ def test_the_gradient_of_a_scaled_loss_is_clipped_unscaled(monkeypatch, loss, ma
 
 def test_accumulated_gradients_whose_parts_would_be_clipped_are_refused():
     network, trainer = guarded_training(Losses())
-    trainer.accumulation_steps = 2
-    guard = DivergenceGuard(network.parameters(), trainer.optimizer, max_norm=1.0)
+    trainer.accumulation_steps = 2  # as MONAI 1.6 does, once the handlers are attached
     with pytest.raises(ValueError, match=r"`accumulation_steps` must be 1 .* got 2"):
-        guard.attach(trainer)
+        trainer.run()
+    assert network.weight.tolist() == [0]
 
 
 def resumable_training(folder, scores, max_epochs, interval=1, width=1):
@@ -682,8 +681,6 @@ def test_a_trained_network_is_left_as_it_was():
     StateNorm(network, bound=4).attach(trainer)
     trainer.run()
     assert trainer.state.metrics["state_rms_0"] == 0
-    network(torch.zeros(1, 1, 8, 8)).sum().backward()
-    copy.deepcopy(network)  # refuses kept graphs
     torch.jit.script(network)  # refuses hooks
 
 
