@@ -49,12 +49,15 @@ def leave() -> None:
 
     The threads of gloo may still have to release tensors, for which they need Python's lock. If
     the group were destroyed while Python holds it, as when a ``DistributedDataParallel`` is, both
-    would wait for ever; if Python were gone, they would abort the process. Hence the group is kept
-    until what else refers to it is gone: its own destructor waits for the threads without the lock.
+    would wait for ever; if Python were gone, they would abort the process. Hence the backends of
+    the group are kept until what else refers to them is gone: unlike the group's, their own
+    destructors wait for the threads without the lock.
 
     Raises:
         AssertionError: where there is no group.
     """
     group = distributed.group.WORLD
+    assert group is not None
+    backends = [group._get_backend(device) for device in group._device_types]
     distributed.destroy_process_group()
-    atexit.register(lambda group: gc.collect(), group)  # the argument keeps it
+    atexit.register(lambda *_: gc.collect(), *backends)  # the arguments keep them
