@@ -1,7 +1,8 @@
 """Memory and time of whole and tiled images by size; each case in a fresh process.
 
 16 channels, hidden layer 64, 16 + 16 steps, one image channel, one logit, float32. The memory is
-the peak over what the process holds before the call, without the logits.
+the peak over what the process holds before the call, without the logits; up to 2048² the median of
+several processes, as it varies between them.
 
 Run: python benchmarks/memory.py [picture.png]
 """
@@ -11,6 +12,7 @@ import time
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from measure import alone, peak, resident
 
@@ -19,6 +21,7 @@ from mednca_monai import MedNCA, TiledInferer
 mpl.use("Agg")
 SIZES = [512, 1024, 2048, 4096, 8192, 16384]
 LARGEST_WHOLE = 4096  # larger images are run in tiles only
+REPEATS, LARGEST_REPEATED = 5, 2048
 TILE = 512
 
 
@@ -52,14 +55,17 @@ def plot(found: dict[bool, dict[int, float]], path: str) -> None:
 
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, tiles of {TILE}²")
-    print("| image | way | seconds | MiB more | bytes per pixel | MiB in all |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| image | way | seconds | MiB more | from, to | runs | bytes per pixel | MiB in all |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     found: dict[bool, dict[int, float]] = {False: {}, True: {}}
     for size in SIZES:
         for tiled in found:
             if tiled or size <= LARGEST_WHOLE:
-                seconds, more, whole = alone(case, size, tiled)
+                repeats = REPEATS if size <= LARGEST_REPEATED else 1
+                runs = np.array([alone(case, size, tiled) for _ in range(repeats)])
+                seconds, more, whole = np.median(runs, 0)
                 found[tiled][size] = more
                 row = f"{size}² | {'tiled' if tiled else 'whole'} | {seconds:.2f} | {more:.0f}"
+                row += f" | {runs[:, 1].min():.0f} to {runs[:, 1].max():.0f} | {repeats}"
                 print(f"| {row} | {more * 2**20 / size**2:.0f} | {whole:.0f} |", flush=True)
     plot(found, sys.argv[1] if len(sys.argv) > 1 else "memory.png")

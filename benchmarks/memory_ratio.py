@@ -47,7 +47,11 @@ if __name__ == "__main__":
         title = f"training | {title}, patch {patch[0]}²" if patch else f"inference | {title}"
         plain = memory("plain", 1, settings)
         print(f"| {title} | {batch} | plain |  | {plain:.0f} | 1 |", flush=True)
-        for segment_steps in (1, 2, 4) if patch else ("",):
-            more = memory("MedNCA", segment_steps, settings)
-            row = f"| {title} | {batch} | MedNCA | {segment_steps} | {more:.0f}"
+        if patch:
+            networks = [("MedNCA", number) for number in (1, 2, 4)]
+        else:
+            networks = [("MedNCA", ""), ("MedNCA, sublattices", "")]
+        for name, segment_steps in networks:
+            more = memory(name, segment_steps, settings)
+            row = f"| {title} | {batch} | {name} | {segment_steps} | {more:.0f}"
             print(f"{row} | 1/{plain / more:.1f} |", flush=True)
