@@ -1,8 +1,8 @@
 """Memory and time of whole and tiled images by size; each case in a fresh process.
 
 16 channels, hidden layer 64, 16 + 16 steps, one image channel, one logit, float32. The memory is
-the peak over what the process holds before the call, without the logits; up to 2048² the median of
-several processes, as it varies between them.
+the peak over what the process holds before the call, without the logits; the median of several
+processes, as it varies between them, and one process for larger images, which take minutes.
 
 Run: python benchmarks/memory.py [picture.png]
 """
@@ -66,6 +66,7 @@ if __name__ == "__main__":
                 seconds, more, whole = np.median(runs, 0)
                 found[tiled][size] = more
                 row = f"{size}² | {'tiled' if tiled else 'whole'} | {seconds:.2f} | {more:.0f}"
-                row += f" | {runs[:, 1].min():.0f} to {runs[:, 1].max():.0f} | {repeats}"
+                spread = f"{runs[:, 1].min():.0f} to {runs[:, 1].max():.0f}" if repeats > 1 else ""
+                row += f" | {spread} | {repeats}"
                 print(f"| {row} | {more * 2**20 / size**2:.0f} | {whole:.0f} |", flush=True)
     plot(found, sys.argv[1] if len(sys.argv) > 1 else "memory.png")

@@ -484,9 +484,9 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def fill_up(cells: Tensor) -> Tensor:
-    """Repeat the first of ``(N,)`` up to one of few lengths: from 768 on 1/12 more at most.
+    """Repeat the first of ``(N,)`` up to one of few lengths, at most N / 12 more from N = 768 on.
 
-    oneDNN compiles for each length anew, and freed memory serves again where lengths recur.
+    oneDNN compiles for each length anew, and freed memory is used again where lengths recur.
 
     Example:
         >>> [len(fill_up(torch.arange(n))) for n in (0, 1, 64, 65, 8100, 8200)]
