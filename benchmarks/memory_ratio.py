@@ -1,8 +1,8 @@
 """Memory of inference and training as ratios to the plain baseline; each case in a fresh process.
 
 Inference varies most between processes: the median of several is shown. The memory is the peak over
-what the process holds before a forward pass, or a forward and a backward pass; the plain baseline
-needs 20 GB in the last setting.
+what the process holds before a forward pass, or a forward and a backward pass, once one of a small
+image has loaded what the libraries need; the plain baseline takes 20 GB in the last setting.
 
 Run: python benchmarks/memory_ratio.py
 """
@@ -25,8 +25,8 @@ def case(name: str, segment_steps: int, settings: tuple[int, ...]) -> float:
     network = ours(num_channels, hidden_size, steps)[name]
     for level in network.levels:
         level.segment_steps = segment_steps
-    small, image = torch.rand(1, 1, 16, 16), torch.rand(batch, 1, size, size)
-    (train(network, small, 8) if patch else infer(network, small))()
+    small, image = torch.rand(1, 1, 64, 64), torch.rand(batch, 1, size, size)
+    (train(network, small, 32) if patch else infer(network, small))()
     before = resident()
     (train(network, image, *patch) if patch else infer(network, image))()
     return peak() - before

@@ -1,6 +1,7 @@
 """The cell automaton of one level: cells perceive their neighbourhood, firing cells update."""
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ from monai.utils.module import pytorch_after
 from torch import Tensor, nn
 
 from mednca_monai.convolution import (
+    as_rows,
     channels_last,
     dense_convolution,
     dense_layer,
     depthwise_convolution,
     exact_convolution,
+    gathered_cells,
     gathered_convolution,
     is_fast_in_onednn,
     is_traced,
@@ -68,6 +71,18 @@ class Firing(NamedTuple):
     firsts: list[list[list[int]]]
 
 
+class Change(NamedTuple):
+    """What a step adds to the cells of a window.
+
+    Attributes:
+        values: ``(B, num_channels, *spatial)``, or of some cells only, ``(N, num_channels)``.
+        cells: where these lie, flat positions in ``(B, *padded)``, int64; ``None`` if they are all.
+    """
+
+    values: Tensor
+    cells: Tensor | None
+
+
 class CellularAutomaton(nn.Module):
     """A learnt rule that every cell of a grid follows, over and over.
 
@@ -77,8 +92,8 @@ class CellularAutomaton(nn.Module):
     starts at zero, so a new automaton changes nothing.
 
     A step works in place, one cache-sized block of cells after the other and, where that pays, on
-    the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Training keeps the
-    state of every ``segment_steps``-th step and computes the rest again in the backward pass, which
+    the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Training keeps what
+    every ``segment_steps`` steps overwrite and computes the rest again in the backward pass, which
     cannot itself be differentiated.
 
     Reference:
@@ -99,7 +114,7 @@ class CellularAutomaton(nn.Module):
         kernel_size: odd width of the perceived neighbourhood, in cells.
         perception: ``"dense"`` (two dense convolutions) or ``"depthwise"`` (one depthwise).
         norm: MONAI name or (name, arguments) of the hidden layer's normalisation, or ``None``.
-        segment_steps: training keeps the state of every so many steps, at least 1.
+        segment_steps: training keeps what every segment of so many steps, at least 1, overwrites.
     """
 
     def __init__(
@@ -218,7 +233,14 @@ class CellularAutomaton(nn.Module):
             return exact_convolution(window, kernel, None, groups=self.num_channels)
         return depthwise_convolution(window, kernel)
 
-    def change(self, window: Tensor, rule: list[Tensor], fires: Tensor, stride: int) -> Tensor:
+    def change(
+        self,
+        window: Tensor,
+        rule: list[Tensor],
+        fires: Tensor,
+        stride: int,
+        room: Tensor | None,
+    ) -> Change:
         """What a step adds to the cells of a window; image channels get zeros.
 
         Args:
@@ -226,16 +248,14 @@ class CellularAutomaton(nn.Module):
             rule: of `CellularAutomaton.rule`.
             fires: which cells fire, ``(B, 1, *spatial)``; empty if all of them.
             stride: the window's cells are every second one (2) or all (1).
-
-        Returns:
-            ``(B, num_channels, *spatial)``.
+            room: of `CellularAutomaton.room`; without it all cells are computed.
         """
         bias, update, kernel = rule[:3]
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             window, kernel = autocast(window), autocast(kernel)
         window = channels_last(window)
-        if self.gathers(window):
-            return self.change_of_cells(window, kernel, rule, fires)
+        if room is not None and self.gathers(window):
+            return self.change_of_cells(window, kernel, rule, fires, room)
         if len(rule) == 3:
             x = self.convolve(window, kernel, bias, stride)
         else:
@@ -244,32 +264,32 @@ class CellularAutomaton(nn.Module):
             x = self.convolve(channels_last(torch.cat([cells, around], 1)), rule[3], bias)
         x = rectified(self.norm(x))
         change = self.convolve(x, update, None)
-        # booleans are slow factors of bfloat16
-        return change * fires.to(change.dtype) if fires.numel() > 0 else change
+        if fires.numel() > 0:
+            change = change * fires.to(change.dtype)  # booleans are slow factors of bfloat16
+        return Change(change, None)
 
     def change_of_cells(
-        self, window: Tensor, kernel: Tensor, rule: list[Tensor], fires: Tensor
-    ) -> Tensor:
+        self, window: Tensor, kernel: Tensor, rule: list[Tensor], fires: Tensor, room: Tensor
+    ) -> Change:
         """As `change`, dense layers for the firing cells only; ``kernel`` is that of the rule."""
-        border = [self.radius] * (2 * self.spatial_dims)
-        cells = nn.functional.pad(fires, border).flatten().nonzero().flatten()
-        count, cells = len(cells), fill_up(cells)
-        states = window.movedim(1, -1).flatten(0, -2)
+        cells = self.positions(fires)
+        count, filled = len(cells), fill_up(cells)
         if self.is_dense and not self.perceives_all(window):
-            x = gathered_convolution(window, kernel, cells, count)
+            x = gathered_convolution(window, kernel, filled, count, room)
         else:
-            x = self.perceive(window, kernel, 1).movedim(1, -1).flatten(0, -2)
-            x = x.index_select(0, fill_up(fires.flatten().nonzero().flatten()))
+            x = as_rows(self.perceive(window, kernel, 1))
+            x = gathered_cells(x, fill_up(fires.flatten().nonzero().flatten()), count)
         if len(rule) == 3:
             x = x + rule[0].to(x.dtype)
         else:
-            x = torch.cat([states.index_select(0, cells), x], 1)
+            x = torch.cat([gathered_cells(as_rows(window), filled, count), x], 1)
             x = dense_layer(x, rule[3].flatten(1), rule[0])
-        changes = dense_layer(rectified(x), rule[1].flatten(1), None)[:count]
-        change = changes.new_zeros([len(states), len(rule[1])])
-        change = change.index_copy_(0, cells[:count], changes)
-        shape = [window.shape[0]] + list(window.shape[2:]) + [self.num_channels]  # noqa: RUF005 (TorchScript)
-        return interior(change.view(shape).movedim(-1, 1), self.radius)
+        return Change(dense_layer(rectified(x), rule[1].flatten(1), None)[:count], cells)
+
+    def positions(self, fires: Tensor) -> Tensor:
+        """Where ``(B, 1, *spatial)`` is true, as flat positions in ``(B, *padded)``."""
+        border = [self.radius] * (2 * self.spatial_dims)
+        return nn.functional.pad(fires, border).flatten().nonzero().flatten()
 
     def gathers(self, x: Tensor) -> bool:
         """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
@@ -304,15 +324,19 @@ class CellularAutomaton(nn.Module):
         return self.spatial_dims == 3 and fast and self.threshold >= 0.5 * 2**32
 
     def fires(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
-        """Cells of a block that fire in a step, ``(B, 1, *size)``; empty if sublattices do."""
-        if len(firing.firsts) > 0:
-            return torch.empty(0, device=firing.start.device)
+        """Cells of a block that fire in a step, ``(B, 1, *size)``."""
         start = firing.start.narrow(0, block.item, block.items)
         if self.firing == "sublattices":
             return sublattice_fires(firing.drawn[step], start, size)  # blocks start at even rows
         rows = firing.rows[step].narrow(0, block.item, block.items)
         rows = rows.narrow(1, block.row, block.rows)
         return independent_fires(rows, start[:, 1:], size[1:], self.threshold)
+
+    def mask(self, firing: Firing, step: int, block: Block, size: list[int]) -> Tensor:
+        """As `fires`; empty where strided convolutions compute no others."""
+        if len(firing.firsts) > 0:
+            return torch.empty(0, device=firing.start.device)
+        return self.fires(firing, step, block, size)
 
     def lattices(self, firing: Firing, step: int) -> tuple[list[list[int]], int]:
         """First cells of the lattices that are computed in a step, and their stride."""
@@ -340,30 +364,54 @@ class CellularAutomaton(nn.Module):
         interior(padded, self.radius)[:, : self.in_channels].copy_(image)
         return padded
 
+    def room(self, image: Tensor, blocks: list[Block]) -> Tensor:
+        """Memory for the neighbourhoods of a block's firing cells, for one after another.
+
+        Freed and taken anew, such large parts would not fit into the same gaps again.
+        """
+        if not self.is_dense or not self.gathers(image):
+            return image.new_empty([0])
+        cells = blocks[0].items * blocks[0].rows  # none is larger
+        for length in image.shape[3:]:
+            cells *= length
+        firing = int(cells * (self.threshold / 2**32) * 1.125)  # with those that fill up
+        empty = image.new_empty([0])
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            empty = autocast(empty)
+        return empty.new_empty([firing * self.perception.weight[0].numel()])
+
     def advance(
-        self, padded: Tensor, firing: Firing, step: int, rule: list[Tensor], blocks: list[Block]
+        self,
+        padded: Tensor,
+        firing: Firing,
+        step: int,
+        rule: list[Tensor],
+        blocks: list[Block],
+        room: Tensor,
     ) -> None:
         """Take one step in place.
 
         A block is updated once the next one, which sees its last rows, has been computed.
         """
         firsts, stride = self.lattices(firing, step)
-        waiting: list[tuple[Tensor, Tensor]] = []
+        waiting: list[tuple[Tensor, Change]] = []
         for block in blocks:
             around = part(padded, block, self.radius)
-            cells = interior(around, self.radius)
-            fires = self.fires(firing, step, block, list(cells.shape[2:]))
-            changes: list[tuple[Tensor, Tensor]] = []
+            inside = interior(around, self.radius)
+            fires = self.mask(firing, step, block, list(inside.shape[2:]))
+            changes: list[tuple[Tensor, Change]] = []
             for first in firsts:
-                target = lattice(cells, first, stride)
+                target = lattice(inside, first, stride)
                 if target.numel() > 0:
-                    window = lattice(around, first, 1)
-                    changes.append((target, self.change(window, rule, fires, stride)))
+                    change = self.change(lattice(around, first, 1), rule, fires, stride, room)
+                    if change.cells is not None:
+                        target = as_rows(around)
+                    changes.append((target, change))
             for target, change in waiting:
-                target.add_(change)
+                add(change, target)
             waiting = changes
         for target, change in waiting:
-            target.add_(change)
+            add(change, target)
         reflect(padded, self.radius)
 
     def run(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
@@ -375,8 +423,9 @@ class CellularAutomaton(nn.Module):
             for block in blocks:  # never all of the enlarged cells beside the state
                 part(own, block, 0).copy_(enlarge(coarse, block, list(image.shape[2:])))
             reflect(padded, self.radius)
+            room = self.room(image, blocks)
             for step in range(self.steps):
-                self.advance(padded, firing, step, rule, blocks)
+                self.advance(padded, firing, step, rule, blocks, room)
         return own
 
     def unroll(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
@@ -385,7 +434,8 @@ class CellularAutomaton(nn.Module):
         state = torch.cat([image, enlarge(coarse, whole, list(image.shape[2:]))], 1)
         for step in range(self.steps):
             fires = self.fires(firing, step, whole, list(state.shape[2:]))
-            state = state + self.change(reflect_pad(state, self.radius), rule, fires, 1)
+            window = reflect_pad(state, self.radius)
+            state = state + self.change(window, rule, fires, 1, None).values
         return state[:, self.in_channels :]
 
     def forward(self, image: Tensor, coarse: Coarse, seed: Tensor, start: Tensor) -> Tensor:
@@ -419,7 +469,7 @@ class CellularAutomaton(nn.Module):
         places: list[Tensor] = []
         for parity in torch.unique(parities, dim=0):
             here = (parities == parity).all(1).nonzero().flatten()
-            firing = Firing(masks.rows, drawn, start, sublattice_firsts(drawn, parity))
+            firing = Firing(masks.rows, drawn, start[here], sublattice_firsts(drawn, parity))
             if len(here) == len(start):
                 return self.roll(image, coarse, firing, rule)
             starts = [coarse.starts[int(item) % len(coarse.starts)] for item in here]
@@ -451,6 +501,34 @@ class CellularAutomaton(nn.Module):
         states = torch.cat([image.movedim(1, -1), cells.movedim(1, -1)], -1).contiguous()
         del cells
         return fused.run(states, rule, steps)[..., self.in_channels :].movedim(-1, 1)
+
+    @torch.jit.unused
+    def overwritten(
+        self, padded: Tensor, firing: Firing, steps: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Cells that fire in some of the steps, flat in ``(B, *padded)``, and their states.
+
+        Where nearly all do, no positions and the own channels of all.
+        """
+        if (1 - self.threshold / 2**32) ** len(steps) < 0.25:
+            return torch.empty(0, dtype=torch.int64), self.own(padded).clone()
+        size = list(interior(padded, self.radius).shape[2:])
+        whole = Block(0, len(padded), 0, size[0])
+        fires = self.fires(firing, steps[0], whole, size)
+        for step in steps[1:]:
+            fires = fires | self.fires(firing, step, whole, size)
+        cells = self.positions(fires)
+        return cells, as_rows(padded).index_select(0, cells)
+
+    @torch.jit.unused
+    def restore(self, padded: Tensor, kept: list[Tensor]) -> None:
+        """Undo steps in place by what they have `overwritten`, the last of what is kept."""
+        states, cells = kept.pop(), kept.pop()
+        if states.dim() > 2:
+            self.own(padded).copy_(states)
+        else:
+            as_rows(padded).index_copy_(0, cells, states)
+        reflect(padded, self.radius)
 
     @torch.jit.unused
     def recompute(
@@ -498,6 +576,15 @@ def fill_up(cells: Tensor) -> Tensor:
     return torch.cat([cells, cells[:1].expand(-len(cells) % step)])
 
 
+def add(change: Change, target: Tensor) -> None:
+    """Add a change in place to the cells of a lattice, or to the rows of a padded block."""
+    values, cells = change
+    if cells is None:
+        target.add_(values)
+    else:
+        target.index_add_(0, cells, values.to(target.dtype))
+
+
 def rectified(x: Tensor) -> Tensor:
     """Negative numbers to zero, in place where that is no burden to autograd."""
     return x.relu() if torch.is_grad_enabled() else x.relu_()
@@ -520,9 +607,11 @@ def autocast(x: Tensor) -> Tensor:
 class Trajectory(torch.autograd.Function):
     """All steps of an automaton, whose backward pass computes their hidden layers again.
 
-    Kept are the cells before every ``segment_steps``-th step. Backward, segment by segment, come
-    first the cells before each of its steps, then, block by block, a step's hidden layer and its
-    gradients, by the same `CellularAutomaton.change` that made the step.
+    Kept are the last cells and what each segment of ``segment_steps`` steps overwrites: the cells
+    that fire in it, as they were. Backward, a segment is undone, all of its steps but the last are
+    taken again, and what they overwrite is kept. Then, from the last step to the first and block by
+    block, come a step's hidden layer and its gradients, by the same `CellularAutomaton.change` that
+    made the step, and the step before is undone.
     """
 
     @staticmethod
@@ -541,15 +630,18 @@ class Trajectory(torch.autograd.Function):
         own = automaton.own(padded)
         own.copy_(cells)
         reflect(padded, automaton.radius)
+        room = automaton.room(image, blocks)
         kept: list[Tensor] = []
         for step in range(automaton.steps):
             if step % automaton.segment_steps == 0:
-                kept.append(own.clone())
-            automaton.advance(padded, firing, step, rule, blocks)
+                segment = range(automaton.steps)[step : step + automaton.segment_steps]
+                kept += automaton.overwritten(padded, firing, segment)
+            automaton.advance(padded, firing, step, rule, blocks, room)
         device = image.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.automaton, ctx.firing, ctx.length, ctx.blocks = automaton, firing, length, blocks
-        ctx.save_for_backward(image, *weights, *kept)
+        ctx.automaton, ctx.firing, ctx.blocks = automaton, firing, blocks
+        ctx.length, ctx.count, ctx.segment_steps = length, len(weights), automaton.segment_steps
+        ctx.save_for_backward(image, own, *weights, *kept)
         return own
 
     @staticmethod
@@ -557,30 +649,30 @@ class Trajectory(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Gradients of image, cells and weights."""
         automaton: CellularAutomaton = ctx.automaton
-        image, *saved = ctx.saved_tensors
-        steps = len(ctx.firing.drawn)  # of the forward pass
-        starts = range(0, steps, automaton.segment_steps)
-        kept = [saved.pop() for _ in starts]
-        rule = [weight.detach().requires_grad_() for weight in saved[: ctx.length]]
-        weights = [*rule, *saved[ctx.length :]]
+        image, last, *saved = ctx.saved_tensors
+        weights, kept = saved[: ctx.count], saved[ctx.count :]
+        rule = [weight.detach().requires_grad_() for weight in weights[: ctx.length]]
+        weights = [*rule, *weights[ctx.length :]]
         sums = [torch.zeros_like(weight) for weight in weights]
         buffers = [buffer.clone() for buffer in automaton.norm.buffers()]
         padded = automaton.pad(image)
+        with torch.autocast(*ctx.autocast):
+            room = automaton.room(image, ctx.blocks)
         own, upstream = automaton.own(padded), torch.zeros_like(padded)
+        own.copy_(last)
         automaton.own(upstream).copy_(gradient)
-        for start, cells in zip(reversed(starts), kept, strict=True):
-            segment = [cells]
-            last = min(start + automaton.segment_steps, steps) - 1
-            for step in range(start, last):
-                own.copy_(segment[-1])
-                reflect(padded, automaton.radius)
+        steps = range(len(ctx.firing.drawn))  # of the forward pass
+        for first in reversed(steps[:: ctx.segment_steps]):
+            automaton.restore(padded, kept)
+            segment = steps[first : first + ctx.segment_steps]
+            for step in segment[:-1]:
+                kept += automaton.overwritten(padded, ctx.firing, [step])
                 with torch.autocast(*ctx.autocast):
-                    automaton.advance(padded, ctx.firing, step, rule, ctx.blocks)
-                segment.append(own.clone())
-            for step in range(last, start - 1, -1):
-                own.copy_(segment.pop())
-                reflect(padded, automaton.radius)
-                upstream = Trajectory.retreat(ctx, padded, upstream, step, rule, weights, sums)
+                    automaton.advance(padded, ctx.firing, step, rule, ctx.blocks, room)
+            for step in reversed(segment):
+                Trajectory.retreat(ctx, padded, upstream, step, rule, weights, sums, room)
+                if step > first:
+                    automaton.restore(padded, kept)
         for buffer, value in zip(automaton.norm.buffers(), buffers, strict=True):
             buffer.copy_(value)  # as the forward pass left it
         of_image = interior(upstream, automaton.radius)[:, : automaton.in_channels]
@@ -595,8 +687,11 @@ class Trajectory(torch.autograd.Function):
         rule: list[Tensor],
         weights: list[Tensor],
         sums: list[Tensor],
-    ) -> Tensor:
-        """Gradient of the state before a step from that of the state after it.
+        room: Tensor,
+    ) -> None:
+        """Turn the gradient of the state after a step into that of the state before it, in place.
+
+        What a block adds to the gradients around it waits until the next one has read its own.
 
         Args:
             ctx: of the forward pass.
@@ -606,26 +701,35 @@ class Trajectory(torch.autograd.Function):
             rule: weights of the step.
             weights: ``rule`` and those of the normalisation.
             sums: gradients of ``weights``, added to in place.
+            room: of `CellularAutomaton.room`.
         """
         automaton: CellularAutomaton = ctx.automaton
-        radius, downstream = automaton.radius, upstream.clone()
+        radius = automaton.radius
         firsts, stride = automaton.lattices(ctx.firing, step)
         device, dtype, enabled = ctx.autocast
+        waiting: list[tuple[Tensor, Tensor]] = []
         for block in ctx.blocks:
-            states, after, before = (part(x, block, radius) for x in (padded, upstream, downstream))
-            after = interior(after, radius)
-            fires = automaton.fires(ctx.firing, step, block, list(after.shape[2:]))
+            states, gradients = part(padded, block, radius), part(upstream, block, radius)
+            after = interior(gradients, radius)
+            fires = automaton.mask(ctx.firing, step, block, list(after.shape[2:]))
+            found: list[tuple[Tensor, Tensor]] = []
             for first in firsts:
                 target = lattice(after, first, stride)
                 if target.numel() > 0:
                     window = lattice(states, first, 1).detach().requires_grad_()
                     with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                        change = automaton.change(window, rule, fires, stride)
+                        change, cells = automaton.change(window, rule, fires, stride, room)
+                    if cells is not None:
+                        target = as_rows(gradients).index_select(0, cells)
                     of_window, *of_weights = torch.autograd.grad(
                         change, [window, *weights], target.to(change.dtype)
                     )
-                    lattice(before, first, 1).add_(of_window)
+                    found.append((lattice(gradients, first, 1), of_window))
                     for total, of_weight in zip(sums, of_weights, strict=True):
                         total.add_(of_weight)
-        unreflect(downstream, radius)
-        return downstream
+            for around, of_window in waiting:
+                around.add_(of_window)
+            waiting = found
+        for around, of_window in waiting:
+            around.add_(of_window)
+        unreflect(upstream, radius)

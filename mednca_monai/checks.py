@@ -38,7 +38,7 @@ def is_number(value: object) -> bool:
 def check_finite(name: str, values: Tensor, where: str = "") -> None:
     """Raise ValueError where an image holds NaN or infinite values; ``where`` ends the message."""
     parts = torch.split(values.flatten(), 2**20)  # a mask of a whole image could be as large as it
-    count = sum(int((~part.isfinite()).sum()) for part in parts)
+    count = sum(len(part) - int(part.isfinite().count_nonzero()) for part in parts)
     if count > 0:
         raise ValueError(f"`{name}` must be finite, got {count} NaN or infinite values{where}.")
 

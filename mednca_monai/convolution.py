@@ -12,13 +12,19 @@ ON_X86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere oneDNN may have 
 FEW = 2**22  # multiplications in a product, up to which a call of oneDNN takes longer than MKL's
 
 
-def neighbourhoods(window: Tensor, cells: Tensor, radius: int) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """View of ``(B, C, *spatial)``, channels last in memory, as ``(N, C)``."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+def neighbourhoods(window: Tensor, cells: Tensor, radius: int, room: Tensor) -> Tensor:
     """Gather what lies around some cells as the rows of a matrix.
 
     Args:
         window: states, ``(B, C, *padded)``, with the radius on each side, channels last in memory.
         cells: flat positions in ``(B, *padded)``, int64, ``(N,)``.
         radius: of a neighbourhood.
+        room: memory that the rows are written to, ``(n,)``; new memory is taken if it is too small.
 
     Returns:
         ``(N, (2 * radius + 1)**spatial_dims * C)``, the channels of a neighbour side by side.
@@ -33,7 +39,12 @@ def neighbourhoods(window: Tensor, cells: Tensor, radius: int) -> Tensor:
     lines = cells.unsqueeze(1) + (torch.tensor(firsts) - radius)
     rows = window.movedim(1, -1).reshape(-1, channels).contiguous()
     rows = rows.as_strided([rows.shape[0] - 2 * radius, width * channels], [channels, 1])
-    return rows.index_select(0, lines.flatten()).view(cells.shape[0], len(firsts) * rows.shape[1])
+    size = lines.numel() * rows.shape[1]
+    if len(room) < size:
+        room = window.new_empty([size])
+    found = room[:size].view(lines.numel(), rows.shape[1])
+    torch.index_select(rows, 0, lines.flatten(), out=found)
+    return found.view(len(cells), len(firsts) * rows.shape[1])
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -196,16 +207,18 @@ class GatheredConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, window: Tensor, weight: Tensor, cells: Tensor, count: int) -> Tensor:
+    def forward(
+        ctx: Any, window: Tensor, weight: Tensor, cells: Tensor, count: int, room: Tensor
+    ) -> Tensor:
         """Convolve the neighbourhoods of ``cells``, as `neighbourhoods` has them."""
-        rows = neighbourhoods(window, cells, weight.shape[2] // 2)
+        rows = neighbourhoods(window, cells, weight.shape[2] // 2, room)
         ctx.save_for_backward(weight, cells[:count], rows)
         ctx.shape = window.shape
         return dense_layer(rows, as_matrix(weight), None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Gradients of window and kernel."""
         weight, cells, rows = ctx.saved_tensors
         out, channels, *kernel = weight.shape
@@ -214,7 +227,26 @@ class GatheredConvolution(torch.autograd.Function):
         grid = gradient.new_zeros(batch, *size, out)
         grid.view(-1, out).index_copy_(0, cells, gradient[: len(cells)])
         of_window = padded_convolution(grid.movedim(-1, 1), turned(weight), None, kernel[0] // 2)
-        return of_window, of_weight, None, None
+        return of_window, of_weight, None, None, None
+
+
+class GatheredCells(torch.autograd.Function):
+    """Some rows of a matrix, all different but for those that only fill up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, cells: Tensor, count: int) -> Tensor:
+        """Gather the rows ``cells``, the first ``count`` of which are different."""
+        ctx.save_for_backward(cells[:count])
+        ctx.shape = rows.shape
+        return rows.index_select(0, cells)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of all rows; PyTorch's own adds in an order that it has to find first."""
+        (cells,) = ctx.saved_tensors
+        of_rows = gradient.new_zeros(ctx.shape)
+        return of_rows.index_copy_(0, cells, gradient[: len(cells)]), None, None
 
 
 class DepthwiseConvolution(torch.autograd.Function):
@@ -246,9 +278,18 @@ class DepthwiseConvolution(torch.autograd.Function):
 
 
 @torch.jit.unused
-def fast_gathered(window: Tensor, weight: Tensor, cells: Tensor, count: int) -> Tensor:
+def fast_gathered(
+    window: Tensor, weight: Tensor, cells: Tensor, count: int, room: Tensor
+) -> Tensor:
     """`GatheredConvolution`, hidden from TorchScript."""
-    result: Tensor = GatheredConvolution.apply(window, weight, cells, count)  # type: ignore[no-untyped-call]
+    result: Tensor = GatheredConvolution.apply(window, weight, cells, count, room)  # type: ignore[no-untyped-call]
+    return result
+
+
+@torch.jit.unused
+def fast_gathered_cells(rows: Tensor, cells: Tensor, count: int) -> Tensor:
+    """`GatheredCells`, hidden from TorchScript."""
+    result: Tensor = GatheredCells.apply(rows, cells, count)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -259,7 +300,25 @@ def fast_depthwise(x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def gathered_convolution(window: Tensor, weight: Tensor, cells: Tensor, count: int) -> Tensor:
+def gathered_cells(rows: Tensor, cells: Tensor, count: int) -> Tensor:
+    """Gather some rows of a matrix, with a fast gradient.
+
+    Args:
+        rows: ``(M, C)``.
+        cells: which ones, int64, ``(N,)``.
+        count: how many of them there are; the rest only fills up and is to be dropped.
+
+    Returns:
+        ``(N, C)``.
+    """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return rows.index_select(0, cells)
+    return fast_gathered_cells(rows, cells, count)
+
+
+def gathered_convolution(
+    window: Tensor, weight: Tensor, cells: Tensor, count: int, room: Tensor
+) -> Tensor:
     """Convolve the neighbourhoods of some cells only, on the CPU.
 
     Args:
@@ -268,14 +327,15 @@ def gathered_convolution(window: Tensor, weight: Tensor, cells: Tensor, count: i
         weight: ``(out, C, *kernel)``, all sides of the kernel the same odd number.
         cells: flat positions in ``(B, *padded)``, int64, ``(N,)``.
         count: how many of them there are; the rest only fills up and is to be dropped.
+        room: as in `neighbourhoods`; not to be written to before the backward pass.
 
     Returns:
         ``(N, out)``.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        rows = neighbourhoods(window, cells, weight.shape[2] // 2)
+        rows = neighbourhoods(window, cells, weight.shape[2] // 2, room)
         return dense_layer(rows, as_matrix(weight), None)
-    return fast_gathered(window, weight, cells, count)
+    return fast_gathered(window, weight, cells, count, room)
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Run a network on patches (to train it), tiles (any image size) and over seeds (uncertainty)."""
 
+import ctypes
+import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, cast
@@ -13,6 +16,8 @@ from tqdm import tqdm
 
 from mednca_monai.checks import check_finite, check_int, check_ints
 from mednca_monai.network import MedNCA, Region, crop, with_meta
+
+CELLS = 2**18  # between two times that tiles give freed memory back, which costs a few milliseconds
 
 
 def check_patch(roi_size: int | Sequence[int], shape: Sequence[int]) -> list[int]:
@@ -43,6 +48,14 @@ def check_start(start: Tensor, roi_size: Sequence[int], inputs: Tensor) -> None:
 def box(start: Sequence[int], stop: Sequence[int]) -> tuple[Any, ...]:
     """Index of the cells from ``start`` to before ``stop``, of ``(B, C, *spatial)``."""
     return (..., *(slice(a, b) for a, b in zip(start, stop, strict=True)))
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where glibc would keep it in ever more places."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def random_starts(batch_size: int, roi_size: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -202,9 +215,11 @@ class TiledInferer(Inferer):
         logits = image.new_empty((len(image), module.out_channels, *shape), device=device)
         if self.progress:
             starts = tqdm(starts, desc="tiles")
-        for start in starts:
+        for done, start in enumerate(starts, 1):
             stop = [min(a + n, whole) for a, n, whole in zip(start, size, shape, strict=True)]
             logits[box(start, stop)] = self.tile(image, network, seed, start, stop).to(device)
+            if done % max(CELLS // math.prod(size), 1) == 0 and image.device.type == "cpu":
+                return_freed_memory()
         return with_meta(logits, inputs)
 
     @staticmethod

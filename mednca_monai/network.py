@@ -102,9 +102,9 @@ class MedNCA(nn.Module):
         perception: ``"dense"`` (the state and two dense convolutions of it) or ``"depthwise"`` (the
             state and one depthwise convolution of it).
         norm: MONAI name, or (name, arguments), of a normalisation of the hidden layer; ``None``.
-        segment_steps: training keeps the state of every so many steps, at least 1, and computes
-            the others again: more than 1 costs time, and memory is least near the square root of
-            ``steps``.
+        segment_steps: training goes back by segments of so many steps, at least 1, and takes all
+            of a segment but the last again: more than 1 costs time, and memory is least near the
+            square root of ``steps``.
 
     Raises:
         ValueError: where an argument breaks its rule.
@@ -132,7 +132,7 @@ class MedNCA(nn.Module):
         kernel_size: int | Sequence[int] = 3,
         perception: str = "dense",
         norm: str | tuple[str, dict[str, object]] | None = None,
-        segment_steps: int = 2,
+        segment_steps: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(spatial_dims, int) or spatial_dims not in (2, 3):

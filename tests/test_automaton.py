@@ -239,14 +239,19 @@ def test_gradients_are_those_of_the_forward_pass_whatever_steps_are_set_after_it
     assert all(map(torch.equal, *gradients))
 
 
-@pytest.mark.parametrize("segment_steps", [1, 3, 10])
-def test_training_keeps_the_cells_of_every_segment_and_no_more(spatial_dims, segment_steps):
-    automaton = make_automaton(spatial_dims, steps=10, segment_steps=segment_steps)
-    image, cells = make_state([6] * spatial_dims).split([2, 3], 1)
+@pytest.mark.parametrize(("segment_steps", "share"), [(1, 0.5), (2, 0.75), (10, 1)])
+def test_training_keeps_what_every_segment_overwrites_and_no_more(
+    spatial_dims, segment_steps, share
+):
+    automaton = make_automaton(spatial_dims, fire_rate=0.5, steps=10, segment_steps=segment_steps)
+    image, cells = make_state([16] * spatial_dims).split([2, 3], 1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         automaton(image, alone(cells), torch.tensor([1, 2]), torch.zeros(1, spatial_dims).long())
-    assert kept.count(cells.shape) == -(-10 // segment_steps)
+    counts = [shape[0] for shape in kept if shape[1:] == (5,)]
+    assert len(counts) == (10 // segment_steps if share < 1 else 0)
+    assert all(abs(count / (2 * 16**spatial_dims) - share) < 0.1 for count in counts)
+    assert kept.count(cells.shape) == (1 if share < 1 else 2)  # the last, and those of a segment
     assert kept.count(image.shape) == 1
     assert not any(shape[:2] == (2, 8) for shape in kept)  # no hidden layer
 

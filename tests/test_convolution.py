@@ -30,11 +30,12 @@ def test_depthwise_values_and_gradients_are_those_of_a_plain_convolution(spatial
 TOLERANCES = {torch.float64: (0, 1e-12), torch.float32: (0, 1e-4), torch.bfloat16: (0.01, 0.2)}
 
 
+@pytest.mark.parametrize("room", [0, 10**6])
 @pytest.mark.parametrize("share", [0, 0.4])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("width", [1, 3, 5])
 def test_gathered_values_and_gradients_are_those_of_a_plain_convolution(
-    spatial_dims, width, dtype, share
+    spatial_dims, width, dtype, share, room
 ):
     size, radius = [5, 4, 6][:spatial_dims], width // 2
     shape = [n + 2 * radius for n in size]
@@ -44,7 +45,8 @@ def test_gathered_values_and_gradients_are_those_of_a_plain_convolution(
     cells = torch.nn.functional.pad(fires, [radius] * 2 * spatial_dims).flatten().nonzero()[:, 0]
     count = len(cells)
     filled = torch.cat([cells, cells[:1].expand(5)]) if count else cells
-    found = gathered_convolution(window, weight, filled, count)[:count]
+    memory = window.new_empty(room)
+    found = gathered_convolution(window, weight, filled, count, memory)[:count]
     convolve = torch.nn.functional.conv2d if spatial_dims == 2 else torch.nn.functional.conv3d
     exact = [x.detach().double().requires_grad_() for x in (window, weight)]
     expected = convolve(*exact).movedim(1, -1)[fires]
