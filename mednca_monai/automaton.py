@@ -45,7 +45,7 @@ from mednca_monai.grid import (
 )
 
 # glibc gives memory back to the system by the size of the largest block that was ever freed; after
-# this one (31 MiB, never touched) a step's temporaries are reused instead of mapped again each time
+# this one (31 MiB, never touched) a step's temporaries are reused, not mapped again each time
 torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 HIDDEN = 2**19  # numbers in a hidden layer at a time: near a processor's cache, few calls
 HIDDEN_ON_GPU = 2**25
@@ -76,11 +76,11 @@ class Change(NamedTuple):
 
     Attributes:
         values: ``(B, num_channels, *spatial)``, or of some cells only, ``(N, num_channels)``.
-        cells: where these lie, flat positions in ``(B, *padded)``, int64; ``None`` if they are all.
+        positions: where these lie, flat in ``(B, *padded)``, int64; ``None`` if they are all.
     """
 
     values: Tensor
-    cells: Tensor | None
+    positions: Tensor | None
 
 
 class CellularAutomaton(nn.Module):
@@ -92,8 +92,9 @@ class CellularAutomaton(nn.Module):
     starts at zero, so a new automaton changes nothing.
 
     A step works in place, one cache-sized block of cells after the other and, where that pays, on
-    the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Training keeps what
-    every ``segment_steps`` steps overwrite and computes the rest again in the backward pass, which
+    the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Training keeps the
+    cells that each segment of ``segment_steps`` steps overwrites, as they were. The backward pass
+    puts them back and computes hidden layers, and all steps of a segment but its last, again; it
     cannot itself be differentiated.
 
     Reference:
@@ -114,7 +115,7 @@ class CellularAutomaton(nn.Module):
         kernel_size: odd width of the perceived neighbourhood, in cells.
         perception: ``"dense"`` (two dense convolutions) or ``"depthwise"`` (one depthwise).
         norm: MONAI name or (name, arguments) of the hidden layer's normalisation, or ``None``.
-        segment_steps: training keeps what every segment of so many steps, at least 1, overwrites.
+        segment_steps: length of the segments of steps that training goes back by, at least 1.
     """
 
     def __init__(
@@ -272,8 +273,8 @@ class CellularAutomaton(nn.Module):
         self, window: Tensor, kernel: Tensor, rule: list[Tensor], fires: Tensor, room: Tensor
     ) -> Change:
         """As `change`, dense layers for the firing cells only; ``kernel`` is that of the rule."""
-        cells = self.positions(fires)
-        count, filled = len(cells), fill_up(cells)
+        positions = self.positions(fires)
+        count, filled = len(positions), fill_up(positions)
         if self.is_dense and not self.perceives_all(window):
             x = gathered_convolution(window, kernel, filled, count, room)
         else:
@@ -284,7 +285,7 @@ class CellularAutomaton(nn.Module):
         else:
             x = torch.cat([gathered_cells(as_rows(window), filled, count), x], 1)
             x = dense_layer(x, rule[3].flatten(1), rule[0])
-        return Change(dense_layer(rectified(x), rule[1].flatten(1), None)[:count], cells)
+        return Change(dense_layer(rectified(x), rule[1].flatten(1), None)[:count], positions)
 
     def positions(self, fires: Tensor) -> Tensor:
         """Where ``(B, 1, *spatial)`` is true, as flat positions in ``(B, *padded)``."""
@@ -369,16 +370,16 @@ class CellularAutomaton(nn.Module):
 
         Freed and taken anew, such large parts would not fit into the same gaps again.
         """
-        if not self.is_dense or not self.gathers(image):
-            return image.new_empty([0])
-        cells = blocks[0].items * blocks[0].rows  # none is larger
-        for length in image.shape[3:]:
-            cells *= length
-        firing = int(cells * (self.threshold / 2**32) * 1.125)  # with those that fill up
         empty = image.new_empty([0])
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             empty = autocast(empty)
-        return empty.new_empty([firing * self.perception.weight[0].numel()])
+        if not self.is_dense or not self.gathers(empty) or self.perceives_all(empty):
+            return empty
+        count = blocks[0].items * blocks[0].rows  # cells, none has more
+        for length in image.shape[3:]:
+            count *= length
+        count = int(count * (self.threshold / 2**32) * 1.125) + 64  # those that fire and fill up
+        return empty.new_empty([count * self.perception.weight[0].numel()])
 
     def advance(
         self,
@@ -404,8 +405,8 @@ class CellularAutomaton(nn.Module):
                 target = lattice(inside, first, stride)
                 if target.numel() > 0:
                     change = self.change(lattice(around, first, 1), rule, fires, stride, room)
-                    if change.cells is not None:
-                        target = as_rows(around)
+                    if change.positions is not None:
+                        target = around.movedim(1, -1).view(-1, self.num_channels)
                     changes.append((target, change))
             for target, change in waiting:
                 add(change, target)
@@ -469,7 +470,9 @@ class CellularAutomaton(nn.Module):
         places: list[Tensor] = []
         for parity in torch.unique(parities, dim=0):
             here = (parities == parity).all(1).nonzero().flatten()
-            firing = Firing(masks.rows, drawn, start[here], sublattice_firsts(drawn, parity))
+            firing = Firing(
+                masks.rows[:, here], drawn, start[here], sublattice_firsts(drawn, parity)
+            )
             if len(here) == len(start):
                 return self.roll(image, coarse, firing, rule)
             starts = [coarse.starts[int(item) % len(coarse.starts)] for item in here]
@@ -482,7 +485,7 @@ class CellularAutomaton(nn.Module):
         """All steps in place, with gradients where they are asked for."""
         if torch.jit.is_scripting() or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.run(image, coarse, firing, rule)
-        return self.recompute(image, coarse, firing, rule)
+        return self.run_with_gradients(image, coarse, firing, rule)
 
     @torch.jit.unused
     def run_fused(
@@ -502,39 +505,38 @@ class CellularAutomaton(nn.Module):
         del cells
         return fused.run(states, rule, steps)[..., self.in_channels :].movedim(-1, 1)
 
-    @torch.jit.unused
     def overwritten(
         self, padded: Tensor, firing: Firing, steps: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Cells that fire in some of the steps, flat in ``(B, *padded)``, and their states.
+        """Where cells fire in some of the steps, flat in ``(B, *padded)``, and their own channels.
 
-        Where nearly all do, no positions and the own channels of all.
+        Where nearly all do, or a GPU would have to wait for their number: none, and those of all.
         """
-        if (1 - self.threshold / 2**32) ** len(steps) < 0.25:
+        rest = (1 - self.threshold / 2**32) ** len(steps)
+        if rest < 0.25 or padded.device.type != "cpu":
             return torch.empty(0, dtype=torch.int64), self.own(padded).clone()
         size = list(interior(padded, self.radius).shape[2:])
         whole = Block(0, len(padded), 0, size[0])
         fires = self.fires(firing, steps[0], whole, size)
         for step in steps[1:]:
             fires = fires | self.fires(firing, step, whole, size)
-        cells = self.positions(fires)
-        return cells, as_rows(padded).index_select(0, cells)
+        positions = self.positions(fires)
+        return positions, as_rows(padded)[:, self.in_channels :].index_select(0, positions)
 
-    @torch.jit.unused
     def restore(self, padded: Tensor, kept: list[Tensor]) -> None:
-        """Undo steps in place by what they have `overwritten`, the last of what is kept."""
-        states, cells = kept.pop(), kept.pop()
+        """Undo steps in place by what was `overwritten` last, which is taken off ``kept``."""
+        states, positions = kept.pop(), kept.pop()
         if states.dim() > 2:
             self.own(padded).copy_(states)
         else:
-            as_rows(padded).index_copy_(0, cells, states)
+            as_rows(padded)[:, self.in_channels :].index_copy_(0, positions, states)
         reflect(padded, self.radius)
 
     @torch.jit.unused
-    def recompute(
+    def run_with_gradients(
         self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]
     ) -> Tensor:
-        """All steps in place, whose backward pass computes them again."""
+        """All steps in place, with gradients, as `Trajectory` has them."""
         weights = [*rule, *(weight for weight in self.norm.parameters() if weight.requires_grad)]
         whole = Block(0, image.shape[0], 0, image.shape[2])
         cells = enlarge(coarse, whole, list(image.shape[2:]))
@@ -578,11 +580,11 @@ def fill_up(cells: Tensor) -> Tensor:
 
 def add(change: Change, target: Tensor) -> None:
     """Add a change in place to the cells of a lattice, or to the rows of a padded block."""
-    values, cells = change
-    if cells is None:
+    values, positions = change
+    if positions is None:
         target.add_(values)
     else:
-        target.index_add_(0, cells, values.to(target.dtype))
+        target.index_add_(0, positions, values.to(target.dtype))
 
 
 def rectified(x: Tensor) -> Tensor:
@@ -632,11 +634,12 @@ class Trajectory(torch.autograd.Function):
         reflect(padded, automaton.radius)
         room = automaton.room(image, blocks)
         kept: list[Tensor] = []
-        for step in range(automaton.steps):
-            if step % automaton.segment_steps == 0:
-                segment = range(automaton.steps)[step : step + automaton.segment_steps]
-                kept += automaton.overwritten(padded, firing, segment)
-            automaton.advance(padded, firing, step, rule, blocks, room)
+        steps = range(automaton.steps)
+        for first in steps[:: automaton.segment_steps]:
+            segment = steps[first : first + automaton.segment_steps]
+            kept += automaton.overwritten(padded, firing, segment)
+            for step in segment:
+                automaton.advance(padded, firing, step, rule, blocks, room)
         device = image.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.automaton, ctx.firing, ctx.blocks = automaton, firing, blocks
@@ -670,7 +673,7 @@ class Trajectory(torch.autograd.Function):
                 with torch.autocast(*ctx.autocast):
                     automaton.advance(padded, ctx.firing, step, rule, ctx.blocks, room)
             for step in reversed(segment):
-                Trajectory.retreat(ctx, padded, upstream, step, rule, weights, sums, room)
+                Trajectory.retreat(ctx, padded, upstream, step, weights, sums, room)
                 if step > first:
                     automaton.restore(padded, kept)
         for buffer, value in zip(automaton.norm.buffers(), buffers, strict=True):
@@ -684,7 +687,6 @@ class Trajectory(torch.autograd.Function):
         padded: Tensor,
         upstream: Tensor,
         step: int,
-        rule: list[Tensor],
         weights: list[Tensor],
         sums: list[Tensor],
         room: Tensor,
@@ -698,13 +700,12 @@ class Trajectory(torch.autograd.Function):
             padded: state before the step.
             upstream: gradient of the state after it, padded with zeros.
             step: number of the step.
-            rule: weights of the step.
-            weights: ``rule`` and those of the normalisation.
+            weights: the rule's and those of the normalisation.
             sums: gradients of ``weights``, added to in place.
             room: of `CellularAutomaton.room`.
         """
         automaton: CellularAutomaton = ctx.automaton
-        radius = automaton.radius
+        radius, rule = automaton.radius, weights[: ctx.length]
         firsts, stride = automaton.lattices(ctx.firing, step)
         device, dtype, enabled = ctx.autocast
         waiting: list[tuple[Tensor, Tensor]] = []
@@ -718,9 +719,9 @@ class Trajectory(torch.autograd.Function):
                 if target.numel() > 0:
                     window = lattice(states, first, 1).detach().requires_grad_()
                     with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                        change, cells = automaton.change(window, rule, fires, stride, room)
-                    if cells is not None:
-                        target = as_rows(gradients).index_select(0, cells)
+                        change, positions = automaton.change(window, rule, fires, stride, room)
+                    if positions is not None:
+                        target = as_rows(gradients).index_select(0, positions)
                     of_window, *of_weights = torch.autograd.grad(
                         change, [window, *weights], target.to(change.dtype)
                     )

@@ -13,7 +13,7 @@ FEW = 2**22  # multiplications in a product, up to which a call of oneDNN takes 
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """View of ``(B, C, *spatial)``, channels last in memory, as ``(N, C)``."""
+    """``(B, C, *spatial)`` as ``(N, C)``: a view, where the channels are last in memory."""
     return x.movedim(1, -1).flatten(0, -2)
 
 
@@ -24,7 +24,7 @@ def neighbourhoods(window: Tensor, cells: Tensor, radius: int, room: Tensor) -> 
         window: states, ``(B, C, *padded)``, with the radius on each side, channels last in memory.
         cells: flat positions in ``(B, *padded)``, int64, ``(N,)``.
         radius: of a neighbourhood.
-        room: memory that the rows are written to, ``(n,)``; new memory is taken if it is too small.
+        room: memory for the rows, ``(n,)``, of the window's type; new one is taken if it is small.
 
     Returns:
         ``(N, (2 * radius + 1)**spatial_dims * C)``, the channels of a neighbour side by side.
@@ -36,15 +36,13 @@ def neighbourhoods(window: Tensor, cells: Tensor, radius: int, room: Tensor) -> 
         firsts = []
         for plane in planes:
             firsts += [(plane + i) * length for i in range(-radius, radius + 1)]
-    lines = cells.unsqueeze(1) + (torch.tensor(firsts) - radius)
-    rows = window.movedim(1, -1).reshape(-1, channels).contiguous()
-    rows = rows.as_strided([rows.shape[0] - 2 * radius, width * channels], [channels, 1])
-    size = lines.numel() * rows.shape[1]
-    if len(room) < size:
-        room = window.new_empty([size])
-    found = room[:size].view(lines.numel(), rows.shape[1])
-    torch.index_select(rows, 0, lines.flatten(), out=found)
-    return found.view(len(cells), len(firsts) * rows.shape[1])
+    lines = (cells.unsqueeze(1) + (torch.tensor(firsts) - radius)).flatten()
+    rows = as_rows(window).contiguous()
+    rows = rows.as_strided([len(rows) - 2 * radius, width * channels], [channels, 1])
+    size = len(lines) * width * channels
+    found = room[:size] if len(room) >= size else window.new_empty([size])
+    torch.index_select(rows, 0, lines, out=found.view(len(lines), width * channels))
+    return found.view(len(cells), len(firsts) * width * channels)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -134,9 +132,9 @@ class DenseConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         width = weight.shape[2]
         of_x = padded_convolution(gradient, turned(weight), None, width - 1)
-        rows = gradient.movedim(1, -1).flatten(0, -2)
+        rows = as_rows(gradient)
         if width == 1:
-            of_weight = (rows.t() @ x.movedim(1, -1).flatten(0, -2)).view_as(weight)
+            of_weight = (rows.t() @ as_rows(x)).view_as(weight)
         else:
             of_weight = gradient_of_kernel(x, gradient, weight.shape)
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
@@ -231,7 +229,7 @@ class GatheredConvolution(torch.autograd.Function):
 
 
 class GatheredCells(torch.autograd.Function):
-    """Some rows of a matrix, all different but for those that only fill up."""
+    """Rows of a matrix; their gradient is written, not added, as none recurs but to fill up."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, cells: Tensor, count: int) -> Tensor:
@@ -243,7 +241,7 @@ class GatheredCells(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of all rows; PyTorch's own adds in an order that it has to find first."""
+        """Gradient of all rows; PyTorch's own allows for rows that recur, which takes longer."""
         (cells,) = ctx.saved_tensors
         of_rows = gradient.new_zeros(ctx.shape)
         return of_rows.index_copy_(0, cells, gradient[: len(cells)]), None, None

@@ -33,7 +33,7 @@ class Steps(NamedTuple):
         start: absolute position of the first cell, int64, ``(B, spatial_dims)``.
         threshold: of `independent_fires`.
         radius: of a neighbourhood.
-        segment_steps: training keeps the state of every so many steps.
+        segment_steps: training keeps the states before every so many steps.
         dtype: of the products.
     """
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from mednca_monai.checks import check_finite, check_int, check_ints
 from mednca_monai.network import MedNCA, Region, crop, with_meta
 
-CELLS = 2**18  # between two times that tiles give freed memory back, which costs a few milliseconds
+# tiles give freed memory back to the system once for so many cells, as it costs some milliseconds
+CELLS_PER_RETURN = 2**18
 
 
 def check_patch(roi_size: int | Sequence[int], shape: Sequence[int]) -> list[int]:
@@ -210,6 +211,7 @@ class TiledInferer(Inferer):
             seed = module.seeds(image, None).expand(len(image))
         shape = image.shape[2:]
         size = check_ints("roi_size", self.roi_size, len(shape), "axis")
+        cells = len(image) * math.prod(min(n, whole) for n, whole in zip(size, shape, strict=True))
         starts = list(product(*(range(0, n, step) for n, step in zip(shape, size, strict=True))))
         device = image.device if self.device is None else self.device
         logits = image.new_empty((len(image), module.out_channels, *shape), device=device)
@@ -218,7 +220,7 @@ class TiledInferer(Inferer):
         for done, start in enumerate(starts, 1):
             stop = [min(a + n, whole) for a, n, whole in zip(start, size, shape, strict=True)]
             logits[box(start, stop)] = self.tile(image, network, seed, start, stop).to(device)
-            if done % max(CELLS // math.prod(size), 1) == 0 and image.device.type == "cpu":
+            if image.device.type == "cpu" and done % max(CELLS_PER_RETURN // cells, 1) == 0:
                 return_freed_memory()
         return with_meta(logits, inputs)
 

@@ -103,8 +103,8 @@ class MedNCA(nn.Module):
             state and one depthwise convolution of it).
         norm: MONAI name, or (name, arguments), of a normalisation of the hidden layer; ``None``.
         segment_steps: training goes back by segments of so many steps, at least 1, and takes all
-            of a segment but the last again: more than 1 costs time, and memory is least near the
-            square root of ``steps``.
+            steps of a segment but its last again: more than 1 costs time and saves memory, by a
+            GPU's kernels most, and most near the square root of ``steps``.
 
     Raises:
         ValueError: where an argument breaks its rule.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mednca_monai import convolution
 from mednca_monai.automaton import CellularAutomaton
 from mednca_monai.firing import independent_fires, row_digests, step_digests
 from mednca_monai.grid import Coarse
@@ -239,6 +240,38 @@ def test_gradients_are_those_of_the_forward_pass_whatever_steps_are_set_after_it
     assert all(map(torch.equal, *gradients))
 
 
+@pytest.mark.parametrize("segment_steps", [1, 3])
+def test_a_second_backward_pass_gives_the_same_gradients(spatial_dims, rule, segment_steps):
+    automaton = make_automaton(spatial_dims, steps=5, segment_steps=segment_steps, **rule)
+    loss, weights = run(automaton, make_state([6] * spatial_dims)).sum(), [*automaton.parameters()]
+    first = torch.autograd.grad(loss, weights, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, weights)))
+
+
+def test_cells_that_never_fire_train_nothing(spatial_dims):
+    automaton = make_automaton(spatial_dims, fire_rate=2**-32, steps=3)
+    after = run(automaton, make_state([6] * spatial_dims))
+    after.sum().backward()
+    assert all(not weight.grad.any() for weight in automaton.parameters())
+
+
+@pytest.mark.parametrize("fire_rate", [0.3, 0.5, 0.7])
+def test_the_firing_cells_of_all_blocks_have_room(fire_rate, monkeypatch):
+    rooms, neighbourhoods = [], convolution.neighbourhoods
+
+    def spy(window, cells, radius, room):
+        rows = neighbourhoods(window, cells, radius, room)
+        rooms.append(rows.data_ptr() == room.data_ptr())
+        return rows
+
+    monkeypatch.setattr(convolution, "neighbourhoods", spy)
+    automaton = make_automaton(2, fire_rate=fire_rate)
+    for size in (4, 8, 16, 100, 200):
+        run(automaton, make_state([size, size])).sum().backward()
+    assert rooms
+    assert all(rooms)
+
+
 @pytest.mark.parametrize(("segment_steps", "share"), [(1, 0.5), (2, 0.75), (10, 1)])
 def test_training_keeps_what_every_segment_overwrites_and_no_more(
     spatial_dims, segment_steps, share
@@ -248,7 +281,7 @@ def test_training_keeps_what_every_segment_overwrites_and_no_more(
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         automaton(image, alone(cells), torch.tensor([1, 2]), torch.zeros(1, spatial_dims).long())
-    counts = [shape[0] for shape in kept if shape[1:] == (5,)]
+    counts = [shape[0] for shape in kept if shape[1:] == (3,)]
     assert len(counts) == (10 // segment_steps if share < 1 else 0)
     assert all(abs(count / (2 * 16**spatial_dims) - share) < 0.1 for count in counts)
     assert kept.count(cells.shape) == (1 if share < 1 else 2)  # the last, and those of a segment

@@ -10,6 +10,7 @@ from mednca_monai.convolution import (
     dense_convolution,
     dense_layer,
     depthwise_convolution,
+    gathered_cells,
     gathered_convolution,
 )
 
@@ -58,6 +59,17 @@ def test_gathered_values_and_gradients_are_those_of_a_plain_convolution(
     assert [x.dtype for x in of_found] == [dtype, dtype]
     of_found = [x.double() for x in of_found]
     assert_close(of_found, [*of_expected], rtol=relative, atol=absolute)
+
+
+@pytest.mark.parametrize(("positions", "count"), [([4, 0, 7, 4, 4], 3), ([4, 0, 7], 3), ([], 0)])
+def test_gathered_cells_and_their_gradients_are_those_of_an_index(positions, count):
+    rows = torch.randn(9, 4, requires_grad=True)
+    found = gathered_cells(rows, torch.tensor(positions, dtype=torch.int64), count)[:count]
+    expected = rows[positions[:count]]
+    assert found.equal(expected)
+    upstream = torch.randn(count, 4)
+    of_found, of_expected = (torch.autograd.grad(x, rows, upstream)[0] for x in (found, expected))
+    assert of_found.equal(of_expected)
 
 
 @pytest.mark.parametrize("onednn", [False, True])

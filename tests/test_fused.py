@@ -58,7 +58,7 @@ class Case(NamedTuple):
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def case(request):
     spatial_dims, size, settings = request.param
-    settings = {"num_channels": 6, "hidden_size": 20, "steps": 3, **settings}
+    settings = {"num_channels": 6, "hidden_size": 20, "steps": 3, "segment_steps": 2, **settings}
     network = MedNCA(spatial_dims, 2, 2, **settings)
     for level in network.levels:
         torch.nn.init.normal_(level.update.weight, std=0.1)

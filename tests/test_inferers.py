@@ -9,7 +9,7 @@ from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 from torch import nn
 from torch.testing import assert_close
 
-from mednca_monai import EnsembleInferer, MedNCA, RandomPatchInferer, TiledInferer
+from mednca_monai import EnsembleInferer, MedNCA, RandomPatchInferer, TiledInferer, inferers
 from mednca_monai.distributed import leave
 from mednca_monai.inferers import RandomPatchBatch
 
@@ -315,6 +315,23 @@ def test_progress_counts_the_tiles(make_network, monkeypatch):
     assert counted == [(6, "tiles")]
     assert logits.equal(TiledInferer(6)(image, network))
     assert counted == [(6, "tiles")]
+
+
+def test_tiles_return_freed_memory_once_for_so_many_cells(make_network, monkeypatch):
+    returned = []
+    monkeypatch.setattr(inferers, "CELLS_PER_RETURN", 32)
+    monkeypatch.setattr(inferers, "return_freed_memory", lambda: returned.append(1))
+    TiledInferer(4)(make_image([16, 16], 1), make_network(2))  # 16 tiles of 16 cells
+    assert len(returned) == 8
+    TiledInferer(64)(make_image([4, 4], 1), make_network(2))
+    assert len(returned) == 8
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_memory_is_returned_only_where_the_system_library_can(platform, monkeypatch):
+    monkeypatch.setattr(inferers.sys, "platform", platform)
+    monkeypatch.setattr(inferers.ctypes, "CDLL", lambda _: object())  # without malloc_trim
+    inferers.return_freed_memory()
 
 
 def test_one_sliding_window_over_the_image_is_the_whole_image(make_network, spatial_dims, size):
