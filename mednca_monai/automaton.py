@@ -510,10 +510,12 @@ class CellularAutomaton(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Where cells fire in some of the steps, flat in ``(B, *padded)``, and their own channels.
 
-        Where nearly all do, or a GPU would have to wait for their number: none, and those of all.
+        Where all channels take no more memory, or a GPU would wait for the number of cells: none,
+        and the channels of all cells.
         """
-        rest = (1 - self.threshold / 2**32) ** len(steps)
-        if rest < 0.25 or padded.device.type != "cpu":
+        share = 1 - (1 - self.threshold / 2**32) ** len(steps)
+        width = (self.num_channels - self.in_channels) * padded.element_size()
+        if share * (width + 8) >= width or padded.device.type != "cpu":
             return torch.empty(0, dtype=torch.int64), self.own(padded).clone()
         size = list(interior(padded, self.radius).shape[2:])
         whole = Block(0, len(padded), 0, size[0])
