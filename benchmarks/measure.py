@@ -1,7 +1,6 @@
 """What the benchmarks share: networks, arguments, memory, fresh processes, interleaved timing."""
 
 import argparse
-import ctypes
 import json
 import multiprocessing
 import resource
@@ -10,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mednca_monai.inferers import return_freed_memory
 
 FOLDER = Path(__file__).parent
 BUNDLE = FOLDER.parent / "bundle"
@@ -42,7 +43,7 @@ def peak() -> float:
 
 def resident() -> float:
     """Resident memory of this process in MiB (Linux with glibc), freed memory given back."""
-    ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
