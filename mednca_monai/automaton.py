@@ -1,6 +1,7 @@
 """The cell automaton of one level: cells perceive their neighbourhood, firing cells update."""
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -274,18 +275,25 @@ class CellularAutomaton(nn.Module):
     ) -> Change:
         """As `change`, dense layers for the firing cells only; ``kernel`` is that of the rule."""
         positions = self.positions(fires)
-        count, filled = len(positions), fill_up(positions)
+        count, usual = len(positions), self.usual_count(fires.numel())
+        filled = fill_up(positions, usual)
         if self.is_dense and not self.perceives_all(window):
             x = gathered_convolution(window, kernel, filled, count, room)
         else:
             x = as_rows(self.perceive(window, kernel, 1))
-            x = gathered_cells(x, fill_up(fires.flatten().nonzero().flatten()), count)
+            x = gathered_cells(x, fill_up(fires.flatten().nonzero().flatten(), usual), count)
         if len(rule) == 3:
             x = x + rule[0].to(x.dtype)
         else:
             x = torch.cat([gathered_cells(as_rows(window), filled, count), x], 1)
             x = dense_layer(x, rule[3].flatten(1), rule[0])
         return Change(dense_layer(rectified(x), rule[1].flatten(1), None)[:count], positions)
+
+    def usual_count(self, cells: int) -> int:
+        """How many of some cells fire, four standard deviations more, up to a multiple of 64."""
+        rate = self.threshold / 2**32
+        count = cells * rate + 4 * math.sqrt(cells * rate * (1 - rate))
+        return math.ceil(count / 64) * 64
 
     def positions(self, fires: Tensor) -> Tensor:
         """Where ``(B, 1, *spatial)`` is true, as flat positions in ``(B, *padded)``."""
@@ -365,21 +373,28 @@ class CellularAutomaton(nn.Module):
         interior(padded, self.radius)[:, : self.in_channels].copy_(image)
         return padded
 
-    def room(self, image: Tensor, blocks: list[Block]) -> Tensor:
-        """Memory for the neighbourhoods of a block's firing cells, for one after another.
+    def room(self, image: Tensor, room: Tensor) -> Tensor:
+        """Memory for the neighbourhoods of a block's firing cells, for one block after another.
 
         Freed and taken anew, such large parts would not fit into the same gaps again.
+
+        Args:
+            image: ``(B, in_channels, *spatial)``.
+            room: that of another level, which serves this one as well if it is large enough.
         """
         empty = image.new_empty([0])
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             empty = autocast(empty)
         if not self.is_dense or not self.gathers(empty) or self.perceives_all(empty):
             return empty
-        count = blocks[0].items * blocks[0].rows  # cells, none has more
+        block = self.blocks(image)[0]
+        cells = block.items * block.rows  # no block has more
         for length in image.shape[3:]:
-            count *= length
-        count = int(count * (self.threshold / 2**32) * 1.125) + 64  # those that fire and fill up
-        return empty.new_empty([count * self.perception.weight[0].numel()])
+            cells *= length
+        cells = max(cells, self.block_cells)  # the same for levels of any size
+        count = int(cells * (self.threshold / 2**32) * 1.125) + 64  # those that fire and fill up
+        size = count * self.perception.weight[0].numel()
+        return room if len(room) >= size else empty.new_empty([size])
 
     def advance(
         self,
@@ -415,7 +430,9 @@ class CellularAutomaton(nn.Module):
             add(change, target)
         reflect(padded, self.radius)
 
-    def run(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
+    def run(
+        self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor], room: Tensor
+    ) -> Tensor:
         """All steps in place, without gradients; ``(B, num_channels - in_channels, *spatial)``."""
         with torch.no_grad():
             padded = self.pad(image)
@@ -424,7 +441,6 @@ class CellularAutomaton(nn.Module):
             for block in blocks:  # never all of the enlarged cells beside the state
                 part(own, block, 0).copy_(enlarge(coarse, block, list(image.shape[2:])))
             reflect(padded, self.radius)
-            room = self.room(image, blocks)
             for step in range(self.steps):
                 self.advance(padded, firing, step, rule, blocks, room)
         return own
@@ -439,7 +455,9 @@ class CellularAutomaton(nn.Module):
             state = state + self.change(window, rule, fires, 1, None).values
         return state[:, self.in_channels :]
 
-    def forward(self, image: Tensor, coarse: Coarse, seed: Tensor, start: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, coarse: Coarse, seed: Tensor, start: Tensor, room: Tensor
+    ) -> Tensor:
         """Apply the rule ``steps`` times.
 
         Args:
@@ -448,6 +466,7 @@ class CellularAutomaton(nn.Module):
             seed: int64, ``(1,)`` or ``(B,)``.
             start: absolute position of the first cell, int64, ``(1, spatial_dims)`` or
                 ``(B, spatial_dims)``.
+            room: of `CellularAutomaton.room`.
 
         Returns:
             The cells' own channels afterwards.
@@ -463,7 +482,7 @@ class CellularAutomaton(nn.Module):
         if self.fuses(image):
             return self.run_fused(image, coarse, masks, rule)
         if not self.is_strided:
-            return self.roll(image, coarse, masks, rule)
+            return self.roll(image, coarse, masks, rule, room)
         # items that start at even and at odd positions have their sublattices in other places
         parities = start & 1
         parts: list[Tensor] = []
@@ -474,18 +493,20 @@ class CellularAutomaton(nn.Module):
                 masks.rows[:, here], drawn, start[here], sublattice_firsts(drawn, parity)
             )
             if len(here) == len(start):
-                return self.roll(image, coarse, firing, rule)
+                return self.roll(image, coarse, firing, rule, room)
             starts = [coarse.starts[int(item) % len(coarse.starts)] for item in here]
             some = Coarse(coarse.cells[here], coarse.scale_factor, starts)
-            parts.append(self.roll(image[here], some, firing, rule))
+            parts.append(self.roll(image[here], some, firing, rule, room))
             places.append(here)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
-    def roll(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
+    def roll(
+        self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor], room: Tensor
+    ) -> Tensor:
         """All steps in place, with gradients where they are asked for."""
         if torch.jit.is_scripting() or not torch.is_grad_enabled():  # type: ignore[attr-defined]
-            return self.run(image, coarse, firing, rule)
-        return self.run_with_gradients(image, coarse, firing, rule)
+            return self.run(image, coarse, firing, rule, room)
+        return self.run_with_gradients(image, coarse, firing, rule, room)
 
     @torch.jit.unused
     def run_fused(
@@ -536,13 +557,13 @@ class CellularAutomaton(nn.Module):
 
     @torch.jit.unused
     def run_with_gradients(
-        self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]
+        self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor], room: Tensor
     ) -> Tensor:
         """All steps in place, with gradients, as `Trajectory` has them."""
         weights = [*rule, *(weight for weight in self.norm.parameters() if weight.requires_grad)]
         whole = Block(0, image.shape[0], 0, image.shape[2])
         cells = enlarge(coarse, whole, list(image.shape[2:]))
-        result: Tensor = Trajectory.apply(self, image, cells, firing, len(rule), *weights)  # type: ignore[no-untyped-call]
+        result: Tensor = Trajectory.apply(self, image, cells, firing, room, len(rule), *weights)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -565,19 +586,18 @@ def has_kernels(device: torch.device) -> bool:
     return True
 
 
-def fill_up(cells: Tensor) -> Tensor:
-    """Repeat the first of ``(N,)`` up to one of few lengths, at most N / 12 more from N = 768 on.
+def fill_up(cells: Tensor, usual: int) -> Tensor:
+    """Repeat the first of ``(N,)`` up to a usual length or, beyond it, a multiple of 64.
 
     oneDNN compiles for each length anew, and freed memory is used again where lengths recur.
 
     Example:
-        >>> [len(fill_up(torch.arange(n))) for n in (0, 1, 64, 65, 8100, 8200)]
-        [0, 64, 64, 128, 8192, 8704]
+        >>> [len(fill_up(torch.arange(n), 128)) for n in (0, 1, 128, 129)]
+        [0, 128, 128, 192]
     """
-    step = 64
-    while 24 * step < len(cells):
-        step *= 2
-    return torch.cat([cells, cells[:1].expand(-len(cells) % step)])
+    count = len(cells)
+    length = max(count, usual) if count > 0 else 0
+    return torch.cat([cells, cells[:1].expand(length + -length % 64 - count)])
 
 
 def add(change: Change, target: Tensor) -> None:
@@ -625,6 +645,7 @@ class Trajectory(torch.autograd.Function):
         image: Tensor,
         cells: Tensor,
         firing: Firing,
+        room: Tensor,
         length: int,
         *weights: Tensor,
     ) -> Tensor:
@@ -634,7 +655,6 @@ class Trajectory(torch.autograd.Function):
         own = automaton.own(padded)
         own.copy_(cells)
         reflect(padded, automaton.radius)
-        room = automaton.room(image, blocks)
         kept: list[Tensor] = []
         steps = range(automaton.steps)
         for first in steps[:: automaton.segment_steps]:
@@ -662,7 +682,7 @@ class Trajectory(torch.autograd.Function):
         buffers = [buffer.clone() for buffer in automaton.norm.buffers()]
         padded = automaton.pad(image)
         with torch.autocast(*ctx.autocast):
-            room = automaton.room(image, ctx.blocks)
+            room = automaton.room(image, image.new_empty(0))
         own, upstream = automaton.own(padded), torch.zeros_like(padded)
         own.copy_(last)
         automaton.own(upstream).copy_(gradient)
@@ -681,7 +701,7 @@ class Trajectory(torch.autograd.Function):
         for buffer, value in zip(automaton.norm.buffers(), buffers, strict=True):
             buffer.copy_(value)  # as the forward pass left it
         of_image = interior(upstream, automaton.radius)[:, : automaton.in_channels]
-        return None, of_image, automaton.own(upstream), None, None, *sums
+        return None, of_image, automaton.own(upstream), None, None, None, *sums
 
     @staticmethod
     def retreat(

@@ -51,6 +51,25 @@ def box(start: Sequence[int], stop: Sequence[int]) -> tuple[Any, ...]:
     return (..., *(slice(a, b) for a, b in zip(start, stop, strict=True)))
 
 
+def cut(length: int, size: int, context: int) -> list[tuple[int, int]]:
+    """Cut an axis into tiles that are of one size with their context, the last one at most.
+
+    Args:
+        length: of the axis.
+        size: of a tile inside it.
+        context: cells that a tile needs on each side, where the axis has them.
+
+    Returns:
+        First cell of each tile and the one after its last.
+
+    Example:
+        >>> cut(length=30, size=8, context=3)
+        [(0, 11), (11, 19), (19, 30)]
+    """
+    starts = [0, *range(size + context, length - context, size)]
+    return list(zip(starts, [*starts[1:], length], strict=True))
+
+
 def return_freed_memory() -> None:
     """Give freed memory back to the system, where glibc would keep it in ever more places."""
     if sys.platform == "linux":
@@ -160,10 +179,12 @@ class TiledInferer(Inferer):
     """Segment an image tile by tile, in bounded memory; equal to the whole image, to rounding.
 
     For every tile each level runs on the cells whose influence can reach it, and the fire masks
-    know where these cells are.
+    know where these cells are. Tiles at an image's edge are larger by the context that they lack
+    there, so that all take about the same memory.
 
     Args:
-        roi_size: size of a tile in cells of the finest level; one value or one per axis.
+        roi_size: size of a tile inside an image, in cells of the finest level; one value or one
+            per axis.
         device: where the logits are put together; ``None`` is the device of the image.
         progress: whether to show a progress bar.
     """
@@ -212,13 +233,15 @@ class TiledInferer(Inferer):
         shape = image.shape[2:]
         size = check_ints("roi_size", self.roi_size, len(shape), "axis")
         cells = len(image) * math.prod(min(n, whole) for n, whole in zip(size, shape, strict=True))
-        starts = list(product(*(range(0, n, step) for n, step in zip(shape, size, strict=True))))
+        context = module.steps[-1] * (module.kernel_size[-1] // 2)
+        axes = zip(shape, size, strict=True)
+        tiles = list(product(*(cut(whole, n, context) for whole, n in axes)))
         device = image.device if self.device is None else self.device
         logits = image.new_empty((len(image), module.out_channels, *shape), device=device)
         if self.progress:
-            starts = tqdm(starts, desc="tiles")
-        for done, start in enumerate(starts, 1):
-            stop = [min(a + n, whole) for a, n, whole in zip(start, size, shape, strict=True)]
+            tiles = tqdm(tiles, desc="tiles")
+        for done, tile in enumerate(tiles, 1):
+            start, stop = zip(*tile, strict=True)
             logits[box(start, stop)] = self.tile(image, network, seed, start, stop).to(device)
             if image.device.type == "cpu" and done % max(CELLS_PER_RETURN // cells, 1) == 0:
                 return_freed_memory()

@@ -235,6 +235,7 @@ class MedNCA(nn.Module):
         own = self.num_channels - self.in_channels
         cells = torch.zeros_like(images[0][:, :1]).expand([-1, own] + [-1] * self.spatial_dims)
         outer, scale_factor = first, [1] * self.spatial_dims
+        room = image.new_empty([0])
         for level, automaton in enumerate(self.levels):
             image, start, starts = images[level], first, [[0] * self.spatial_dims]
             if regions is not None:
@@ -243,7 +244,8 @@ class MedNCA(nn.Module):
                 places: list[list[int]] = (start - outer).tolist()  # TorchScript wants the type
                 starts = places
             coarse = Coarse(cells, scale_factor, starts)
-            cells = automaton(image, coarse, seed, start.to(image.device))
+            room = automaton.room(image, room)  # type: ignore[operator]
+            cells = automaton(image, coarse, seed, start.to(image.device), room)
             outer, scale_factor = start * factor, self.scale_factor
             first = first * factor
         return cells[:, : self.out_channels].contiguous()  # without the memory of the others

@@ -61,11 +61,17 @@ def make_state(size):
     return torch.randn(2, 5, *size, dtype=torch.float64)
 
 
+def cells_after(automaton, image, cells, seed, start):
+    """The cells' own channels after all steps."""
+    room = automaton.room(image, image.new_empty(0))
+    return automaton(image, alone(cells), seed, start, room)
+
+
 def run(automaton, state, seed=(7, 8), start=None):
     """The whole state afterwards."""
     if start is None:
         start = torch.zeros(1, automaton.spatial_dims, dtype=torch.int64)
-    cells = automaton(state[:, :2], alone(state[:, 2:]), torch.tensor(seed), start)
+    cells = cells_after(automaton, state[:, :2], state[:, 2:], torch.tensor(seed), start)
     return torch.cat([state[:, :2], cells], 1)
 
 
@@ -162,7 +168,7 @@ def test_every_parameter_gets_a_gradient(spatial_dims, rule, size):
 def gradients(automaton, state, seed, start, weight):
     """Cells afterwards, and the gradients of image, cells and all weights."""
     image, cells = (x.clone().requires_grad_() for x in (state[:, :2], state[:, 2:]))
-    after = automaton(image, alone(cells), seed, start)
+    after = cells_after(automaton, image, cells, seed, start)
     inputs = [image, cells, *automaton.parameters()]
     return [after, *torch.autograd.grad((after * weight).sum(), inputs)]
 
@@ -182,7 +188,7 @@ def test_blocks_and_recomputed_segments_change_neither_result_nor_gradients(
     found = gradients(automaton, state, torch.tensor([7, 8, -9]), start, weight)
     with torch.no_grad():
         image, cells = state.split([2, 3], 1)
-        inference = automaton(image, alone(cells), torch.tensor([7, 8, -9]), start)
+        inference = cells_after(automaton, image, cells, torch.tensor([7, 8, -9]), start)
     monkeypatch.setattr("mednca_monai.automaton.is_traced", lambda: True)  # the plain graph
     expected = gradients(automaton, state, torch.tensor([7, 8, -9]), start, weight)
     assert_close(inference, expected[0], rtol=0, atol=1e-10)
@@ -198,9 +204,9 @@ def test_single_precision_stays_close_over_many_steps(spatial_dims, firing, monk
     image, cells = torch.rand(1, 5, *[12] * spatial_dims).split([2, 3], 1)
     start = torch.zeros(1, spatial_dims, dtype=torch.int64)
     with torch.no_grad():
-        fast = automaton(image, alone(cells), torch.tensor([3]), start)
+        fast = cells_after(automaton, image, cells, torch.tensor([3]), start)
         monkeypatch.setattr("mednca_monai.automaton.is_traced", lambda: True)
-        plain = automaton(image, alone(cells), torch.tensor([3]), start)
+        plain = cells_after(automaton, image, cells, torch.tensor([3]), start)
     assert not fast.isclose(cells, atol=0.1).all()
     assert_close(fast, plain, rtol=0, atol=1e-4)
 
@@ -280,7 +286,9 @@ def test_training_keeps_what_every_segment_overwrites_and_no_more(
     image, cells = make_state([16] * spatial_dims).split([2, 3], 1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        automaton(image, alone(cells), torch.tensor([1, 2]), torch.zeros(1, spatial_dims).long())
+        cells_after(
+            automaton, image, cells, torch.tensor([1, 2]), torch.zeros(1, spatial_dims).long()
+        )
     counts = [shape[0] for shape in kept if shape[1:] == (3,)]
     assert len(counts) == (10 // segment_steps if share < 1 else 0)
     assert all(abs(count / (2 * 16**spatial_dims) - share) < 0.1 for count in counts)

@@ -1,5 +1,6 @@
 """Patches, tiles and ensembles: each is measured against the whole image."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,7 +216,7 @@ def test_a_data_parallel_network_trains_on_patches(make_network, tmp_path):
 # Tiles
 
 
-@pytest.mark.parametrize("roi_size", [4, (5, 30, 3)])
+@pytest.mark.parametrize("roi_size", [2, (3, 30, 1)])
 def test_a_tile_equals_the_whole_image(make_network, spatial_dims, size, settings, roi_size):
     network, image = make_network(spatial_dims, **settings), make_image(size)
     roi_size = roi_size[:spatial_dims] if isinstance(roi_size, tuple) else roi_size
@@ -245,7 +246,7 @@ def test_a_tile_equals_the_whole_image_in_single_precision(
 ):
     network, image = make_network(spatial_dims, **settings).float(), make_image(size).float()
     with torch.no_grad():
-        logits, whole = TiledInferer(5)(image, network), network(image)
+        logits, whole = TiledInferer(2)(image, network), network(image)
     assert logits.dtype == torch.float32
     assert (logits - whole).abs().max() <= 1e-5 * max(1, float(whole.abs().max()))
 
@@ -255,7 +256,7 @@ def test_tiles_share_the_seeds_that_training_draws(make_network, spatial_dims, s
     torch.manual_seed(1)
     whole = network(image)
     torch.manual_seed(1)
-    assert_close(TiledInferer(6)(image, network), whole, rtol=0, atol=1e-12)
+    assert_close(TiledInferer(2)(image, network), whole, rtol=0, atol=1e-12)
 
 
 def test_images_smaller_than_a_tile_or_a_coarse_cell_are_one_tile(make_network, spatial_dims):
@@ -274,12 +275,22 @@ def test_a_tile_sees_no_more_of_a_large_image_than_can_reach_it(make_network, sp
     assert len(network.sizes) == (5 * 3 if spatial_dims == 2 else 5 * 3 * 3)
 
 
+def test_tiles_with_their_context_are_of_one_size():
+    for length, size, context in product(range(1, 30), range(1, 8), range(5)):
+        tiles = inferers.cut(length, size, context)
+        assert [cell for tile in tiles for cell in range(*tile)] == list(range(length))
+        sizes = [min(b + context, length) - max(a - context, 0) for a, b in tiles]
+        assert set(sizes[:-1]) <= {size + 2 * context}
+        assert sizes[-1] <= size + 2 * context
+        assert len(tiles) <= -(-length // size)
+
+
 def test_tiles_keep_meta_and_go_to_the_device_that_is_asked_for(make_network, spatial_dims, size):
     network = make_network(spatial_dims)
     affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
     image = MetaTensor(make_image(size), affine=affine)
     for device in (None, "cpu"):
-        logits = TiledInferer(6, device=device)(image, network)
+        logits = TiledInferer(2, device=device)(image, network)
         assert isinstance(logits, MetaTensor)
         assert logits.affine.equal(affine)
         assert_close(logits.as_tensor(), network(image.as_tensor()), rtol=0, atol=1e-12)
@@ -301,7 +312,7 @@ def test_normalisation_that_cells_do_not_share_can_be_tiled(make_network, spatia
             if buffer.is_floating_point():
                 buffer.uniform_(0.5, 2)
     image = make_image(size)
-    assert_close(TiledInferer(6)(image, network), network(image), rtol=0, atol=1e-12)
+    assert_close(TiledInferer(2)(image, network), network(image), rtol=0, atol=1e-12)
 
 
 def test_progress_counts_the_tiles(make_network, monkeypatch):
@@ -313,9 +324,9 @@ def test_progress_counts_the_tiles(make_network, monkeypatch):
 
     monkeypatch.setattr("mednca_monai.inferers.tqdm", tqdm)
     network, image = make_network(2), make_image([13, 11])
-    logits = TiledInferer(6, progress=True)(image, network)
-    assert counted == [(6, "tiles")]
-    assert logits.equal(TiledInferer(6)(image, network))
+    logits = TiledInferer(3, progress=True)(image, network)
+    assert counted == [(6, "tiles")]  # 3 along 13 cells, 2 along 11
+    assert logits.equal(TiledInferer(3)(image, network))
     assert counted == [(6, "tiles")]
 
 
@@ -323,7 +334,7 @@ def test_tiles_return_freed_memory_once_for_so_many_cells(make_network, monkeypa
     returned = []
     monkeypatch.setattr(inferers, "CELLS_PER_RETURN", 32)
     monkeypatch.setattr(inferers, "return_freed_memory", lambda: returned.append(1))
-    TiledInferer(4)(make_image([16, 16], 1), make_network(2))  # 16 tiles of 16 cells
+    TiledInferer(4)(make_image([22, 22], 1), make_network(2))  # 16 tiles of about 16 cells
     assert len(returned) == 8
     TiledInferer(64)(make_image([4, 4], 1), make_network(2))
     assert len(returned) == 8
