@@ -275,13 +275,13 @@ class CellularAutomaton(nn.Module):
     ) -> Change:
         """As `change`, dense layers for the firing cells only; ``kernel`` is that of the rule."""
         positions = self.positions(fires)
-        count, usual = len(positions), self.usual_count(fires.numel())
-        filled = fill_up(positions, usual)
+        count, rows = len(positions), self.usual_rows(fires.numel())
+        filled = fill_up(positions, rows)
         if self.is_dense and not self.perceives_all(window):
             x = gathered_convolution(window, kernel, filled, count, room)
         else:
             x = as_rows(self.perceive(window, kernel, 1))
-            x = gathered_cells(x, fill_up(fires.flatten().nonzero().flatten(), usual), count)
+            x = gathered_cells(x, fill_up(fires.flatten().nonzero().flatten(), rows), count)
         if len(rule) == 3:
             x = x + rule[0].to(x.dtype)
         else:
@@ -289,8 +289,11 @@ class CellularAutomaton(nn.Module):
             x = dense_layer(x, rule[3].flatten(1), rule[0])
         return Change(dense_layer(rectified(x), rule[1].flatten(1), None)[:count], positions)
 
-    def usual_count(self, cells: int) -> int:
-        """How many of some cells fire, four standard deviations more, up to a multiple of 64."""
+    def usual_rows(self, cells: int) -> int:
+        """A multiple of 64 that hardly ever more of some cells fire than, if each fires by itself.
+
+        It is four standard deviations above the mean. Items that share a seed may exceed it.
+        """
         rate = self.threshold / 2**32
         count = cells * rate + 4 * math.sqrt(cells * rate * (1 - rate))
         return math.ceil(count / 64) * 64
@@ -380,7 +383,10 @@ class CellularAutomaton(nn.Module):
 
         Args:
             image: ``(B, in_channels, *spatial)``.
-            room: that of another level, which serves this one as well if it is large enough.
+            room: that of the level before, which serves this one as well if it is large enough.
+
+        Returns:
+            ``(n,)``, of the type that operations take under autocast; empty where none is needed.
         """
         empty = image.new_empty([0])
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -391,9 +397,9 @@ class CellularAutomaton(nn.Module):
         cells = block.items * block.rows  # no block has more
         for length in image.shape[3:]:
             cells *= length
-        cells = max(cells, self.block_cells)  # the same for levels of any size
-        count = int(cells * (self.threshold / 2**32) * 1.125) + 64  # those that fire and fill up
-        size = count * self.perception.weight[0].numel()
+        cells = max(cells, self.block_cells)  # as finer levels will need
+        rows = self.usual_rows(cells) * 9 // 8  # some blocks have more
+        size = rows * self.perception.weight[0].numel()
         return room if len(room) >= size else empty.new_empty([size])
 
     def advance(
@@ -587,17 +593,19 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def fill_up(cells: Tensor, usual: int) -> Tensor:
-    """Repeat the first of ``(N,)`` up to a usual length or, beyond it, a multiple of 64.
+    """Repeat the first of ``(N,)`` up to a usual length; beyond it, by steps of about a sixteenth.
 
     oneDNN compiles for each length anew, and freed memory is used again where lengths recur.
 
     Example:
-        >>> [len(fill_up(torch.arange(n), 128)) for n in (0, 1, 128, 129)]
-        [0, 128, 128, 192]
+        >>> [len(fill_up(torch.arange(n), 2048)) for n in (0, 1, 2048, 2049)]
+        [0, 2048, 2048, 2176]
     """
     count = len(cells)
-    length = max(count, usual) if count > 0 else 0
-    return torch.cat([cells, cells[:1].expand(length + -length % 64 - count)])
+    if count == 0:
+        return cells
+    more, step = max(count - usual, 0), math.ceil(usual / 1024) * 64
+    return torch.cat([cells, cells[:1].expand(usual + math.ceil(more / step) * step - count)])
 
 
 def add(change: Change, target: Tensor) -> None:
@@ -682,7 +690,7 @@ class Trajectory(torch.autograd.Function):
         buffers = [buffer.clone() for buffer in automaton.norm.buffers()]
         padded = automaton.pad(image)
         with torch.autocast(*ctx.autocast):
-            room = automaton.room(image, image.new_empty(0))
+            room = automaton.room(image, image.new_empty([0]))
         own, upstream = automaton.own(padded), torch.zeros_like(padded)
         own.copy_(last)
         automaton.own(upstream).copy_(gradient)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mednca_monai.checks import check_finite, check_int, check_ints
 from mednca_monai.network import MedNCA, Region, crop, with_meta
 
-# tiles give freed memory back to the system once for so many cells, as it costs some milliseconds
+# tiles give freed memory back to the system once for so many cells with context, as it costs time
 CELLS_PER_RETURN = 2**18
 
 
@@ -56,7 +56,7 @@ def cut(length: int, size: int, context: int) -> list[tuple[int, int]]:
 
     Args:
         length: of the axis.
-        size: of a tile inside it.
+        size: of a tile that touches neither end, without context.
         context: cells that a tile needs on each side, where the axis has them.
 
     Returns:
@@ -178,13 +178,13 @@ class RandomPatchBatch(PrepareBatch):
 class TiledInferer(Inferer):
     """Segment an image tile by tile, in bounded memory; equal to the whole image, to rounding.
 
-    For every tile each level runs on the cells whose influence can reach it, and the fire masks
-    know where these cells are. Tiles at an image's edge are larger by the context that they lack
-    there, so that all take about the same memory.
+    For every tile each level runs on the cells whose influence can reach it, its context, and the
+    fire masks know where these cells are. Tiles at an image's edge are larger by the context that
+    they lack there, so that all take about the same memory.
 
     Args:
-        roi_size: size of a tile inside an image, in cells of the finest level; one value or one
-            per axis.
+        roi_size: size of a tile inside an image, without context, in cells of the finest level; one
+            value or one per axis.
         device: where the logits are put together; ``None`` is the device of the image.
         progress: whether to show a progress bar.
     """
@@ -232,9 +232,8 @@ class TiledInferer(Inferer):
             seed = module.seeds(image, None).expand(len(image))
         shape = image.shape[2:]
         size = check_ints("roi_size", self.roi_size, len(shape), "axis")
-        cells = len(image) * math.prod(min(n, whole) for n, whole in zip(size, shape, strict=True))
-        context = module.steps[-1] * (module.kernel_size[-1] // 2)
-        axes = zip(shape, size, strict=True)
+        context, axes = module.reach(len(module.levels) - 1), list(zip(shape, size, strict=True))
+        cells = len(image) * math.prod(min(n + 2 * context, whole) for whole, n in axes)
         tiles = list(product(*(cut(whole, n, context) for whole, n in axes)))
         device = image.device if self.device is None else self.device
         logits = image.new_empty((len(image), module.out_channels, *shape), device=device)

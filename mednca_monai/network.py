@@ -336,7 +336,7 @@ class MedNCA(nn.Module):
         regions: list[Region] = []
         begin, end = list(start), list(stop)
         for level, whole in reversed(list(enumerate(self.shapes(shape)))):
-            reach = self.steps[level] * (self.kernel_size[level] // 2)
+            reach = self.reach(level)
             begin = [max(a - reach, 0) for a in begin]
             end = [min(b + reach, n) for b, n in zip(end, whole, strict=True)]
             size = [b - a for a, b in zip(begin, end, strict=True)]
@@ -344,6 +344,10 @@ class MedNCA(nn.Module):
             begin = [a // s for a, s in zip(begin, self.scale_factor, strict=True)]
             end = [-(-b // s) for b, s in zip(end, self.scale_factor, strict=True)]
         return regions
+
+    def reach(self, level: int) -> int:
+        """How far a cell's influence travels on a level, in its cells."""
+        return self.steps[level] * (self.kernel_size[level] // 2)
 
     def shapes(self, shape: Sequence[int]) -> list[list[int]]:
         """Spatial size of an image on every level, coarse to fine."""

@@ -261,21 +261,37 @@ def test_cells_that_never_fire_train_nothing(spatial_dims):
     assert all(not weight.grad.any() for weight in automaton.parameters())
 
 
-@pytest.mark.parametrize("fire_rate", [0.3, 0.5, 0.7])
-def test_the_firing_cells_of_all_blocks_have_room(fire_rate, monkeypatch):
-    rooms, neighbourhoods = [], convolution.neighbourhoods
+@pytest.fixture
+def rooms(monkeypatch):
+    """The rooms of all gathered neighbourhoods, and whether these lie in them."""
+    found, neighbourhoods = [], convolution.neighbourhoods
 
     def spy(window, cells, radius, room):
         rows = neighbourhoods(window, cells, radius, room)
-        rooms.append(rows.data_ptr() == room.data_ptr())
+        if len(cells) > 0:
+            found.append((room.data_ptr(), rows.data_ptr() == room.data_ptr()))
         return rows
 
     monkeypatch.setattr(convolution, "neighbourhoods", spy)
+    return found
+
+
+@pytest.mark.parametrize("fire_rate", [0.1, 0.3, 0.5, 0.7])
+def test_the_firing_cells_of_all_blocks_have_room(fire_rate, rooms):
     automaton = make_automaton(2, fire_rate=fire_rate)
+    automaton.block_cells = 256
     for size in (4, 8, 16, 100, 200):
         run(automaton, make_state([size, size])).sum().backward()
-    assert rooms
-    assert all(rooms)
+    assert len(rooms) > 100
+    assert all(inside for _, inside in rooms)
+
+
+def test_all_levels_share_one_room(make_network, rooms):
+    network = make_network(2, num_levels=3, steps=2)
+    with torch.no_grad():
+        network(torch.rand(1, 2, 96, 96, dtype=torch.float64))
+    assert len(rooms) == sum(network.steps)
+    assert set(rooms) == {(rooms[0][0], True)}
 
 
 @pytest.mark.parametrize(("segment_steps", "share"), [(1, 0.3), (2, 0.51), (10, 1)])

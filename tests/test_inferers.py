@@ -216,9 +216,15 @@ def test_a_data_parallel_network_trains_on_patches(make_network, tmp_path):
 # Tiles
 
 
-@pytest.mark.parametrize("roi_size", [2, (3, 30, 1)])
-def test_a_tile_equals_the_whole_image(make_network, spatial_dims, size, settings, roi_size):
-    network, image = make_network(spatial_dims, **settings), make_image(size)
+@pytest.fixture
+def large(size):
+    """Size of an image that tiles of 6 cells cut along all axes."""
+    return [n + 8 for n in size]
+
+
+@pytest.mark.parametrize("roi_size", [4, (5, 30, 3)])
+def test_a_tile_equals_the_whole_image(make_network, spatial_dims, large, settings, roi_size):
+    network, image = make_network(spatial_dims, **settings), make_image(large)
     roi_size = roi_size[:spatial_dims] if isinstance(roi_size, tuple) else roi_size
     seed = torch.tensor([3, 3] if "firing" in settings else [3, -4])
     with torch.no_grad():
@@ -242,21 +248,21 @@ def test_a_tile_that_sees_part_of_a_long_image_equals_the_whole(
 
 
 def test_a_tile_equals_the_whole_image_in_single_precision(
-    make_network, spatial_dims, size, settings
+    make_network, spatial_dims, large, settings
 ):
-    network, image = make_network(spatial_dims, **settings).float(), make_image(size).float()
+    network, image = make_network(spatial_dims, **settings).float(), make_image(large).float()
     with torch.no_grad():
-        logits, whole = TiledInferer(2)(image, network), network(image)
+        logits, whole = TiledInferer(5)(image, network), network(image)
     assert logits.dtype == torch.float32
     assert (logits - whole).abs().max() <= 1e-5 * max(1, float(whole.abs().max()))
 
 
-def test_tiles_share_the_seeds_that_training_draws(make_network, spatial_dims, size):
-    network, image = make_network(spatial_dims).train(), make_image(size)
+def test_tiles_share_the_seeds_that_training_draws(make_network, spatial_dims, large):
+    network, image = make_network(spatial_dims).train(), make_image(large)
     torch.manual_seed(1)
     whole = network(image)
     torch.manual_seed(1)
-    assert_close(TiledInferer(2)(image, network), whole, rtol=0, atol=1e-12)
+    assert_close(TiledInferer(6)(image, network), whole, rtol=0, atol=1e-12)
 
 
 def test_images_smaller_than_a_tile_or_a_coarse_cell_are_one_tile(make_network, spatial_dims):
@@ -285,12 +291,12 @@ def test_tiles_with_their_context_are_of_one_size():
         assert len(tiles) <= -(-length // size)
 
 
-def test_tiles_keep_meta_and_go_to_the_device_that_is_asked_for(make_network, spatial_dims, size):
+def test_tiles_keep_meta_and_go_to_the_device_that_is_asked_for(make_network, spatial_dims, large):
     network = make_network(spatial_dims)
     affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
-    image = MetaTensor(make_image(size), affine=affine)
+    image = MetaTensor(make_image(large), affine=affine)
     for device in (None, "cpu"):
-        logits = TiledInferer(2, device=device)(image, network)
+        logits = TiledInferer(6, device=device)(image, network)
         assert isinstance(logits, MetaTensor)
         assert logits.affine.equal(affine)
         assert_close(logits.as_tensor(), network(image.as_tensor()), rtol=0, atol=1e-12)
@@ -305,14 +311,16 @@ def test_tiles_keep_meta_and_go_to_the_device_that_is_asked_for(make_network, sp
         ("localresponse", {"size": 3}),
     ],
 )
-def test_normalisation_that_cells_do_not_share_can_be_tiled(make_network, spatial_dims, size, norm):
+def test_normalisation_that_cells_do_not_share_can_be_tiled(
+    make_network, spatial_dims, large, norm
+):
     network = make_network(spatial_dims, norm=norm)
     for level in network.levels:
         for buffer in level.norm.buffers():
             if buffer.is_floating_point():
                 buffer.uniform_(0.5, 2)
-    image = make_image(size)
-    assert_close(TiledInferer(2)(image, network), network(image), rtol=0, atol=1e-12)
+    image = make_image(large)
+    assert_close(TiledInferer(6)(image, network), network(image), rtol=0, atol=1e-12)
 
 
 def test_progress_counts_the_tiles(make_network, monkeypatch):
@@ -332,9 +340,9 @@ def test_progress_counts_the_tiles(make_network, monkeypatch):
 
 def test_tiles_return_freed_memory_once_for_so_many_cells(make_network, monkeypatch):
     returned = []
-    monkeypatch.setattr(inferers, "CELLS_PER_RETURN", 32)
+    monkeypatch.setattr(inferers, "CELLS_PER_RETURN", 200)
     monkeypatch.setattr(inferers, "return_freed_memory", lambda: returned.append(1))
-    TiledInferer(4)(make_image([22, 22], 1), make_network(2))  # 16 tiles of about 16 cells
+    TiledInferer(4)(make_image([22, 22], 1), make_network(2))  # 16 tiles, with context 10 x 10
     assert len(returned) == 8
     TiledInferer(64)(make_image([4, 4], 1), make_network(2))
     assert len(returned) == 8
@@ -377,7 +385,7 @@ def statistics(logits):
 
 
 @pytest.mark.parametrize("out_channels", [1, 3])
-@pytest.mark.parametrize("inferer", [SimpleInferer(), TiledInferer(6)], ids=["simple", "tiled"])
+@pytest.mark.parametrize("inferer", [SimpleInferer(), TiledInferer(2)], ids=["simple", "tiled"])
 def test_an_ensemble_is_the_statistics_of_its_runs(
     make_network, spatial_dims, size, settings, out_channels, inferer
 ):
