@@ -382,7 +382,7 @@ class CellularAutomaton(nn.Module):
         Freed and taken anew, such large parts would not fit into the same gaps again.
 
         Args:
-            image: ``(B, in_channels, *spatial)``.
+            image: that of the finest level, or of this one, ``(B, in_channels, *spatial)``.
             room: that of the level before, which serves this one as well if it is large enough.
 
         Returns:
@@ -393,12 +393,11 @@ class CellularAutomaton(nn.Module):
             empty = autocast(empty)
         if not self.is_dense or not self.gathers(empty) or self.perceives_all(empty):
             return empty
-        block = self.blocks(image)[0]
-        cells = block.items * block.rows  # no block has more
+        line = 1  # cells along all axes but the first
         for length in image.shape[3:]:
-            cells *= length
-        cells = max(cells, self.block_cells)  # as finer levels will need
-        rows = self.usual_rows(cells) * 9 // 8  # some blocks have more
+            line *= length
+        cells = max(self.block_cells, (self.radius + 2) * line)  # no block has more, nor than all
+        rows = self.usual_rows(min(cells, image.shape[0] * image.shape[2] * line)) * 9 // 8
         size = rows * self.perception.weight[0].numel()
         return room if len(room) >= size else empty.new_empty([size])
 

@@ -184,7 +184,8 @@ class TiledInferer(Inferer):
 
     Args:
         roi_size: size of a tile inside an image, without context, in cells of the finest level; one
-            value or one per axis.
+            value or one per axis. An axis that is no longer than such a tile with its context is
+            not cut.
         device: where the logits are put together; ``None`` is the device of the image.
         progress: whether to show a progress bar.
     """

@@ -244,7 +244,7 @@ class MedNCA(nn.Module):
                 places: list[list[int]] = (start - outer).tolist()  # TorchScript wants the type
                 starts = places
             coarse = Coarse(cells, scale_factor, starts)
-            room = automaton.room(image, room)  # type: ignore[operator]
+            room = automaton.room(images[-1], room)  # type: ignore[operator]
             cells = automaton(image, coarse, seed, start.to(image.device), room)
             outer, scale_factor = start * factor, self.scale_factor
             first = first * factor
