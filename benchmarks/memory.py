@@ -21,7 +21,7 @@ from mednca_monai import MedNCA, TiledInferer
 mpl.use("Agg")
 SIZES = [512, 1024, 2048, 4096, 8192, 16384]
 LARGEST_WHOLE = 4096  # larger images are run in tiles only
-REPEATS, LARGEST_REPEATED = 5, 2048
+REPEATS, LARGEST_REPEATED = 5, 4096
 TILE = 512
 
 
