@@ -93,10 +93,12 @@ class CellularAutomaton(nn.Module):
     starts at zero, so a new automaton changes nothing.
 
     A step works in place, one cache-sized block of cells after the other and, where that pays, on
-    the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Training keeps the
-    cells that each segment of ``segment_steps`` steps overwrites, as they were. The backward pass
-    puts them back and computes hidden layers, and all steps of a segment but its last, again; it
-    cannot itself be differentiated.
+    the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Batch norm without
+    running statistics becomes part of the rule, once a first pass over the blocks has found mean
+    and variance; other norms, and any on a GPU, take all cells at once. Training keeps the cells
+    that each segment of ``segment_steps`` steps overwrites, as they were. The backward pass puts
+    them back and computes hidden layers, and all steps of a segment but its last, again; it cannot
+    itself be differentiated.
 
     Reference:
         Kalkhof, J., González, C., Mukhopadhyay, A., "Med-NCA: Robust and Lightweight Segmentation
@@ -155,6 +157,8 @@ class CellularAutomaton(nn.Module):
         self.is_strided = self.is_dense and norm is None and firing == "sublattices"
         # one of so many cells of a block is computed at a time, at a fire rate of one half
         at_once = 2**spatial_dims if self.is_strided else 2
+        if self.is_normed:
+            at_once = 8  # few blocks, as each is computed twice
         self.block_cells = at_once * max(HIDDEN // hidden_size, 1)
         self.block_cells_on_gpu = at_once * max(HIDDEN_ON_GPU // hidden_size, 1)
         convolution = Conv[Conv.CONV, spatial_dims]
@@ -163,7 +167,7 @@ class CellularAutomaton(nn.Module):
         self.perception = convolution(num_channels, around, kernel_size, groups=groups)
         self.hidden = convolution(num_channels + around, hidden_size, 1)
         try:
-            self.norm = nn.Identity()
+            self.norm: nn.Module = nn.Identity()
             if norm is not None:
                 self.norm = get_norm_layer(norm, spatial_dims, hidden_size)
         except (KeyError, TypeError, ValueError) as error:
@@ -195,7 +199,8 @@ class CellularAutomaton(nn.Module):
 
         A GPU's kernel always takes two.
         """
-        folds = self.folds_gathered if self.gathers(x) else self.folds_all
+        gathers = self.gathers(x) and not self.is_normed
+        folds = self.folds_gathered if gathers else self.folds_all
         return folds and not self.fuses(x)
 
     def rule(self, folds: bool) -> list[Tensor]:
@@ -250,30 +255,33 @@ class CellularAutomaton(nn.Module):
             rule: of `CellularAutomaton.rule`.
             fires: which cells fire, ``(B, 1, *spatial)``; empty if all of them.
             stride: the window's cells are every second one (2) or all (1).
-            room: of `CellularAutomaton.room`; without it all cells are computed.
+            room: of `CellularAutomaton.room`; without it all cells are computed and normalised.
         """
-        bias, update, kernel = rule[:3]
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            window, kernel = autocast(window), autocast(kernel)
-        window = channels_last(window)
+        window = channels_last(autocast(window))
         if room is not None and self.gathers(window):
-            return self.change_of_cells(window, kernel, rule, fires, room)
-        if len(rule) == 3:
-            x = self.convolve(window, kernel, bias, stride)
-        else:
-            around = self.perceive(window, kernel, stride)
-            cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
-            x = self.convolve(channels_last(torch.cat([cells, around], 1)), rule[3], bias)
-        x = rectified(self.norm(x))
-        change = self.convolve(x, update, None)
+            return self.change_of_cells(window, rule, fires, room)
+        x = self.hidden_layer(window, rule, stride)
+        if room is None:
+            x = self.norm(x)
+        change = self.convolve(rectified(x), rule[1], None)
         if fires.numel() > 0:
             change = change * fires.to(change.dtype)  # booleans are slow factors of bfloat16
         return Change(change, None)
 
+    def hidden_layer(self, window: Tensor, rule: list[Tensor], stride: int) -> Tensor:
+        """All cells' hidden layer before normalisation and ReLU, ``(B, hidden_size, *spatial)``."""
+        kernel = autocast(rule[2])
+        if len(rule) == 3:
+            return self.convolve(window, kernel, rule[0], stride)
+        around = self.perceive(window, kernel, stride)
+        cells = lattice(interior(window, self.radius), [0] * self.spatial_dims, stride)
+        return self.convolve(channels_last(torch.cat([cells, around], 1)), rule[3], rule[0])
+
     def change_of_cells(
-        self, window: Tensor, kernel: Tensor, rule: list[Tensor], fires: Tensor, room: Tensor
+        self, window: Tensor, rule: list[Tensor], fires: Tensor, room: Tensor
     ) -> Change:
-        """As `change`, dense layers for the firing cells only; ``kernel`` is that of the rule."""
+        """As `change`, dense layers for the firing cells only."""
+        kernel = autocast(rule[2])
         positions = self.positions(fires)
         count, rows = len(positions), self.usual_rows(fires.numel())
         filled = fill_up(positions, rows)
@@ -304,11 +312,52 @@ class CellularAutomaton(nn.Module):
         return nn.functional.pad(fires, border).flatten().nonzero().flatten()
 
     def gathers(self, x: Tensor) -> bool:
-        """Whether to gather the firing cells, which a GPU or a normalisation would not like."""
+        """Whether to gather the firing cells, which a GPU would not like."""
         slow = self.spatial_dims == 3 and self.is_dense and not self.perceives_all(x)
         pays = slow or self.threshold < 0.75 * 2**32
-        on_cpu = x.device.type == "cpu"
-        return pays and on_cpu and not self.is_strided and not self.is_normed and not is_traced()
+        on_cpu = x.device.type == "cpu" and not is_traced()
+        is_whole = self.is_normed and not self.folds_norm(x)
+        return pays and on_cpu and not self.is_strided and not is_whole
+
+    def folds_norm(self, x: Tensor) -> bool:
+        """Whether a rule can take in its normalisation: on a CPU, batch norm without running means.
+
+        Once mean and variance are known, it is linear, as the hidden layer is.
+        """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return False
+        is_batch_norm = type(self.norm) in (nn.BatchNorm2d, nn.BatchNorm3d)
+        return is_batch_norm and self.norm.running_mean is None and x.device.type == "cpu"
+
+    def is_whole(self, blocks: list[Block]) -> bool:
+        """Whether a step takes all cells at once, with a normalisation that is none of the rule."""
+        return self.is_normed and len(blocks) == 1
+
+    @torch.jit.unused
+    def moments(self, padded: Tensor, rule: list[Tensor], blocks: list[Block]) -> list[Tensor]:
+        """Mean and variance of all cells' hidden layer, ``(hidden_size,)`` each, block by block."""
+        cells, mean, variance = 0, torch.zeros_like(rule[0]), torch.zeros_like(rule[0])
+        for block in blocks:
+            window = channels_last(autocast(part(padded, block, self.radius)))
+            x = self.hidden_layer(window, rule, 1).to(mean.dtype)
+            its_mean, its_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+            cells += x[:, 0].numel()
+            share, away = x[:, 0].numel() / cells, its_mean - mean
+            mean += share * away
+            variance += share * (its_variance - variance + (1 - share) * away.square())
+        return [mean, variance]
+
+    @torch.jit.unused
+    def normed(self, rule: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
+        """A rule whose hidden layer is normalised by its mean and variance."""
+        norm: Any = self.norm  # a batch norm
+        mean, variance = moments
+        scale = (variance + norm.eps).rsqrt()
+        bias = (rule[0] - mean) * scale
+        if norm.affine:
+            scale, bias = scale * norm.weight, bias * norm.weight + norm.bias
+        shape = [-1] + [1] * (self.spatial_dims + 1)
+        return [bias, *rule[1:-1], rule[-1] * scale.view(shape)]
 
     def fuses(self, x: Tensor) -> bool:
         """Whether a GPU's kernels take whole steps: in 16 bits, rules that fit into registers."""
@@ -357,9 +406,9 @@ class CellularAutomaton(nn.Module):
         return [[0] * self.spatial_dims], 1
 
     def blocks(self, state: Tensor) -> list[Block]:
-        """Blocks of a batch whose hidden layer stays in the cache; all at once if it is normed."""
+        """Blocks of a batch whose hidden layer stays in the cache; one of all for some norms."""
         cells = self.block_cells if state.device.type == "cpu" else self.block_cells_on_gpu
-        if self.is_normed:
+        if self.is_normed and not self.folds_norm(state):
             cells = state.numel()
         return blocks(list(state.shape), self.radius, cells)
 
@@ -388,10 +437,10 @@ class CellularAutomaton(nn.Module):
         Returns:
             ``(n,)``, of the type that operations take under autocast; empty where none is needed.
         """
-        empty = image.new_empty([0])
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            empty = autocast(empty)
+        empty = autocast(image.new_empty([0]))
         if not self.is_dense or not self.gathers(empty) or self.perceives_all(empty):
+            return empty
+        if self.is_whole(self.blocks(image)):
             return empty
         line = 1  # cells along all axes but the first
         for length in image.shape[3:]:
@@ -409,11 +458,19 @@ class CellularAutomaton(nn.Module):
         rule: list[Tensor],
         blocks: list[Block],
         room: Tensor,
-    ) -> None:
+    ) -> list[Tensor]:
         """Take one step in place.
 
         A block is updated once the next one, which sees its last rows, has been computed.
+
+        Returns:
+            The `moments` that the rule took in, if any.
         """
+        moments: list[Tensor] = []
+        gathered: Tensor | None = None if self.is_whole(blocks) else room
+        if self.is_normed and gathered is not None:
+            moments = self.moments(padded, rule, blocks)
+            rule = self.normed(rule, moments)
         firsts, stride = self.lattices(firing, step)
         waiting: list[tuple[Tensor, Change]] = []
         for block in blocks:
@@ -424,7 +481,7 @@ class CellularAutomaton(nn.Module):
             for first in firsts:
                 target = lattice(inside, first, stride)
                 if target.numel() > 0:
-                    change = self.change(lattice(around, first, 1), rule, fires, stride, room)
+                    change = self.change(lattice(around, first, 1), rule, fires, stride, gathered)
                     if change.positions is not None:
                         target = around.movedim(1, -1).view(-1, self.num_channels)
                     changes.append((target, change))
@@ -434,6 +491,7 @@ class CellularAutomaton(nn.Module):
         for target, change in waiting:
             add(change, target)
         reflect(padded, self.radius)
+        return moments
 
     def run(
         self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor], room: Tensor
@@ -630,6 +688,8 @@ def has_matrix_units(dtype: torch.dtype) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """As operations under autocast on the CPU would take it; they leave float64 alone."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return x
     if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
         return x
     return x.to(torch.get_autocast_dtype("cpu"))
@@ -663,12 +723,13 @@ class Trajectory(torch.autograd.Function):
         own.copy_(cells)
         reflect(padded, automaton.radius)
         kept: list[Tensor] = []
+        ctx.moments = []
         steps = range(automaton.steps)
         for first in steps[:: automaton.segment_steps]:
             segment = steps[first : first + automaton.segment_steps]
             kept += automaton.overwritten(padded, firing, segment)
             for step in segment:
-                automaton.advance(padded, firing, step, rule, blocks, room)
+                ctx.moments.append(automaton.advance(padded, firing, step, rule, blocks, room))
         device = image.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.automaton, ctx.firing, ctx.blocks = automaton, firing, blocks
@@ -694,6 +755,7 @@ class Trajectory(torch.autograd.Function):
         own.copy_(last)
         automaton.own(upstream).copy_(gradient)
         steps = range(len(ctx.firing.drawn))  # of the forward pass
+        retreat = Trajectory.retreat_normed if ctx.moments[0] else Trajectory.retreat
         for first in reversed(steps[:: ctx.segment_steps]):
             automaton.restore(padded, kept)
             segment = steps[first : first + ctx.segment_steps]
@@ -702,7 +764,7 @@ class Trajectory(torch.autograd.Function):
                 with torch.autocast(*ctx.autocast):
                     automaton.advance(padded, ctx.firing, step, rule, ctx.blocks, room)
             for step in reversed(segment):
-                Trajectory.retreat(ctx, padded, upstream, step, weights, sums, room)
+                retreat(ctx, padded, upstream, step, weights, sums, room)
                 if step > first:
                     automaton.restore(padded, kept)
         for buffer, value in zip(automaton.norm.buffers(), buffers, strict=True):
@@ -736,6 +798,7 @@ class Trajectory(torch.autograd.Function):
         automaton: CellularAutomaton = ctx.automaton
         radius, rule = automaton.radius, weights[: ctx.length]
         firsts, stride = automaton.lattices(ctx.firing, step)
+        gathered = None if automaton.is_whole(ctx.blocks) else room
         device, dtype, enabled = ctx.autocast
         waiting: list[tuple[Tensor, Tensor]] = []
         for block in ctx.blocks:
@@ -748,7 +811,7 @@ class Trajectory(torch.autograd.Function):
                 if target.numel() > 0:
                     window = lattice(states, first, 1).detach().requires_grad_()
                     with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                        change, positions = automaton.change(window, rule, fires, stride, room)
+                        change, positions = automaton.change(window, rule, fires, stride, gathered)
                     if positions is not None:
                         target = as_rows(gradients).index_select(0, positions)
                     of_window, *of_weights = torch.autograd.grad(
@@ -762,4 +825,50 @@ class Trajectory(torch.autograd.Function):
             waiting = found
         for around, of_window in waiting:
             around.add_(of_window)
+        unreflect(upstream, radius)
+
+    @staticmethod
+    def retreat_normed(
+        ctx: Any,
+        padded: Tensor,
+        upstream: Tensor,
+        step: int,
+        weights: list[Tensor],
+        sums: list[Tensor],
+        room: Tensor,
+    ) -> None:
+        """As `retreat`, where the rule takes in its normalisation.
+
+        First for a given mean and variance, then what these, of all cells, add.
+        """
+        automaton: CellularAutomaton = ctx.automaton
+        radius, rule = automaton.radius, weights[: ctx.length]
+        device, dtype, enabled = ctx.autocast
+        moments = [moment.detach().requires_grad_() for moment in ctx.moments[step]]
+        with torch.enable_grad():
+            normed = automaton.normed(rule, moments)
+        leaves = [weight.detach().requires_grad_() for weight in normed]
+        of_normed = [torch.zeros_like(leaf) for leaf in leaves]
+        Trajectory.retreat(ctx, padded, upstream, step, leaves, of_normed, room)
+        *of_weights, of_mean, of_variance = torch.autograd.grad(
+            normed, [*weights, *moments], of_normed
+        )
+        for total, of_weight in zip(sums, of_weights, strict=True):
+            total.add_(of_weight)
+        cells, shape = interior(padded, radius)[:, 0].numel(), [-1] + [1] * automaton.spatial_dims
+        mean, of_mean, slope = (
+            x.detach().view(shape) for x in (moments[0], of_mean / cells, of_variance * 2 / cells)
+        )
+        places = [0, *range(2, ctx.length)]  # of the weights that lead to the hidden layer
+        for block in ctx.blocks:
+            window = part(padded, block, radius).detach().requires_grad_()
+            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                x = automaton.hidden_layer(channels_last(autocast(window)), rule, 1)
+            of_x = (x.detach() - mean).mul_(slope).add_(of_mean).to(x.dtype)
+            of_window, *of_weights = torch.autograd.grad(
+                x, [window, *(weights[place] for place in places)], of_x
+            )
+            part(upstream, block, radius).add_(of_window)
+            for place, of_weight in zip(places, of_weights, strict=True):
+                sums[place].add_(of_weight)
         unreflect(upstream, radius)

@@ -20,7 +20,8 @@ RULES = {
     "single cell": {"kernel_size": 1},
     "depthwise": {"perception": "depthwise"},
     "normed": {"perception": "depthwise", "norm": ("batch", {"track_running_stats": False})},
-    "normed dense": {"norm": ("group", {"num_groups": 2})},
+    "normed dense": {"norm": ("batch", {"track_running_stats": False, "affine": False})},
+    "normed by group": {"norm": ("group", {"num_groups": 2})},
 }
 
 
@@ -175,7 +176,9 @@ def gradients(automaton, state, seed, start, weight):
 
 @pytest.mark.parametrize("segment_steps", [1, 2, 4, 9])
 @pytest.mark.parametrize("block_cells", [1, 30, 2**20])
-@pytest.mark.parametrize("firing", [{}, {"fire_rate": 0.5, "firing": "sublattices"}])
+@pytest.mark.parametrize(
+    "firing", [{}, {"fire_rate": 0.9}, {"fire_rate": 0.5, "firing": "sublattices"}]
+)
 def test_blocks_and_recomputed_segments_change_neither_result_nor_gradients(
     spatial_dims, rule, size, firing, block_cells, segment_steps, monkeypatch
 ):
@@ -196,10 +199,36 @@ def test_blocks_and_recomputed_segments_change_neither_result_nor_gradients(
         assert_close(one, other, rtol=0, atol=1e-10 * max(1, float(other.detach().abs().max())))
 
 
-@pytest.mark.parametrize("firing", ["independent", "sublattices"])
-def test_single_precision_stays_close_over_many_steps(spatial_dims, firing, monkeypatch):
-    settings = {"fire_rate": 0.5, "firing": firing, "steps": 64}
-    automaton = new_automaton(spatial_dims, **settings).float()
+@pytest.mark.parametrize(
+    ("norm", "is_whole"),
+    [
+        (("batch", {"track_running_stats": False}), False),
+        (("batch", {"track_running_stats": False, "affine": False}), False),
+        ("batch", True),
+        ("instance", True),
+        (("group", {"num_groups": 2}), True),
+    ],
+)
+def test_norms_other_than_batch_norm_without_running_statistics_take_all_cells_at_once(
+    spatial_dims, norm, is_whole, monkeypatch
+):
+    automaton = make_automaton(spatial_dims, perception="depthwise", norm=norm)
+    automaton.block_cells, state, sizes = 30, make_state([12] * spatial_dims), []
+    hidden_layer = automaton.hidden_layer
+
+    def spy(window, rule, stride):
+        sizes.append(window.shape[2])
+        return hidden_layer(window, rule, stride)
+
+    monkeypatch.setattr(automaton, "hidden_layer", spy)
+    run(automaton, state).sum().backward()
+    assert set(sizes) == ({14} if is_whole else {4})
+
+
+@pytest.mark.parametrize("settings", [{}, {"firing": "sublattices"}, RULES["normed"]])
+def test_single_precision_stays_close_over_many_steps(spatial_dims, settings, monkeypatch):
+    automaton = new_automaton(spatial_dims, fire_rate=0.5, steps=64, **settings).float()
+    automaton.block_cells = 30
     torch.nn.init.normal_(automaton.update.weight, std=0.02)
     image, cells = torch.rand(1, 5, *[12] * spatial_dims).split([2, 3], 1)
     start = torch.zeros(1, spatial_dims, dtype=torch.int64)
