@@ -95,10 +95,10 @@ class CellularAutomaton(nn.Module):
     A step works in place, one cache-sized block of cells after the other and, where that pays, on
     the firing cells only; on an NVIDIA GPU under autocast it is one kernel. Batch norm without
     running statistics becomes part of the rule, once a first pass over the blocks has found mean
-    and variance; other norms, and any on a GPU, take all cells at once. Training keeps the cells
-    that each segment of ``segment_steps`` steps overwrites, as they were. The backward pass puts
-    them back and computes hidden layers, and all steps of a segment but its last, again; it cannot
-    itself be differentiated.
+    and variance; other norms, and any in 16 bits or on a GPU, take all cells at once. Training
+    keeps the cells that each segment of ``segment_steps`` steps overwrites, as they were. The
+    backward pass puts them back and computes hidden layers, and all steps of a segment but its
+    last, again; it cannot itself be differentiated. Hooks of the layers are not called.
 
     Reference:
         Kalkhof, J., González, C., Mukhopadhyay, A., "Med-NCA: Robust and Lightweight Segmentation
@@ -320,17 +320,19 @@ class CellularAutomaton(nn.Module):
         return pays and on_cpu and not self.is_strided and not is_whole
 
     def folds_norm(self, x: Tensor) -> bool:
-        """Whether a rule can take in its normalisation: on a CPU, batch norm without running means.
+        """Whether a rule can take in its normalisation: batch norm without running statistics.
 
-        Once mean and variance are known, it is linear, as the hidden layer is.
+        Once mean and variance are known, it is linear, as the hidden layer is. In 16 bits it would
+        lose too much where the mean is far above the standard deviation.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return False
-        is_batch_norm = type(self.norm) in (nn.BatchNorm2d, nn.BatchNorm3d)
-        return is_batch_norm and self.norm.running_mean is None and x.device.type == "cpu"
+        norm, dtype = self.norm, autocast(x[:0]).dtype
+        is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.BatchNorm3d) and norm.running_mean is None
+        return is_batch_norm and x.device.type == "cpu" and torch.finfo(dtype).bits >= 32
 
     def is_whole(self, blocks: list[Block]) -> bool:
-        """Whether a step takes all cells at once, with a normalisation that is none of the rule."""
+        """Whether a step takes all cells at once, its normalisation not being part of the rule."""
         return self.is_normed and len(blocks) == 1
 
     @torch.jit.unused
@@ -338,8 +340,8 @@ class CellularAutomaton(nn.Module):
         """Mean and variance of all cells' hidden layer, ``(hidden_size,)`` each, block by block."""
         cells, mean, variance = 0, torch.zeros_like(rule[0]), torch.zeros_like(rule[0])
         for block in blocks:
-            window = channels_last(autocast(part(padded, block, self.radius)))
-            x = self.hidden_layer(window, rule, 1).to(mean.dtype)
+            window = channels_last(part(padded, block, self.radius))
+            x = self.hidden_layer(window, rule, 1)
             its_mean, its_variance = torch.batch_norm_update_stats(x, None, None, 0.0)
             cells += x[:, 0].numel()
             share, away = x[:, 0].numel() / cells, its_mean - mean
@@ -354,8 +356,10 @@ class CellularAutomaton(nn.Module):
         mean, variance = moments
         scale = (variance + norm.eps).rsqrt()
         bias = (rule[0] - mean) * scale
-        if norm.affine:
-            scale, bias = scale * norm.weight, bias * norm.weight + norm.bias
+        if norm.weight is not None:
+            scale, bias = scale * norm.weight, bias * norm.weight
+        if norm.bias is not None:
+            bias = bias + norm.bias
         shape = [-1] + [1] * (self.spatial_dims + 1)
         return [bias, *rule[1:-1], rule[-1] * scale.view(shape)]
 
@@ -843,7 +847,6 @@ class Trajectory(torch.autograd.Function):
         """
         automaton: CellularAutomaton = ctx.automaton
         radius, rule = automaton.radius, weights[: ctx.length]
-        device, dtype, enabled = ctx.autocast
         moments = [moment.detach().requires_grad_() for moment in ctx.moments[step]]
         with torch.enable_grad():
             normed = automaton.normed(rule, moments)
@@ -862,9 +865,9 @@ class Trajectory(torch.autograd.Function):
         places = [0, *range(2, ctx.length)]  # of the weights that lead to the hidden layer
         for block in ctx.blocks:
             window = part(padded, block, radius).detach().requires_grad_()
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                x = automaton.hidden_layer(channels_last(autocast(window)), rule, 1)
-            of_x = (x.detach() - mean).mul_(slope).add_(of_mean).to(x.dtype)
+            with torch.enable_grad():
+                x = automaton.hidden_layer(channels_last(window), rule, 1)
+            of_x = (x.detach() - mean).mul_(slope).add_(of_mean)
             of_window, *of_weights = torch.autograd.grad(
                 x, [window, *(weights[place] for place in places)], of_x
             )

@@ -225,6 +225,18 @@ def test_norms_other_than_batch_norm_without_running_statistics_take_all_cells_a
     assert set(sizes) == ({14} if is_whole else {4})
 
 
+def test_batch_norm_in_16_bits_takes_all_cells_at_once(spatial_dims):
+    automaton, state = (
+        make_automaton(spatial_dims, **RULES["normed"]),
+        make_state([6] * spatial_dims),
+    )
+    automaton.block_cells = 30
+    assert len(automaton.blocks(state)) == len(automaton.blocks(state.float())) > 1
+    assert len(automaton.blocks(state.bfloat16())) == 1
+    with torch.autocast("cpu"):
+        assert len(automaton.blocks(state.float())) == 1
+
+
 @pytest.mark.parametrize("settings", [{}, {"firing": "sublattices"}, RULES["normed"]])
 def test_single_precision_stays_close_over_many_steps(spatial_dims, settings, monkeypatch):
     automaton = new_automaton(spatial_dims, fire_rate=0.5, steps=64, **settings).float()
