@@ -205,6 +205,7 @@ def test_blocks_and_recomputed_segments_change_neither_result_nor_gradients(
         (("batch", {"track_running_stats": False}), False),
         (("batch", {"track_running_stats": False, "affine": False}), False),
         ("batch", True),
+        (("syncbatch", {"track_running_stats": False}), True),
         ("instance", True),
         (("group", {"num_groups": 2}), True),
     ],
@@ -225,11 +226,20 @@ def test_norms_other_than_batch_norm_without_running_statistics_take_all_cells_a
     assert set(sizes) == ({14} if is_whole else {4})
 
 
+def test_the_backward_pass_by_blocks_is_of_the_forward_passs_type(spatial_dims):
+    automaton = make_automaton(spatial_dims, **RULES["normed"]).float()
+    automaton.block_cells, state = 30, make_state([6] * spatial_dims).float()
+    weights, loss = [*automaton.parameters()], run(automaton, state).square().sum()
+    expected = torch.autograd.grad(loss, weights, retain_graph=True)
+    with torch.autocast("cpu"):
+        found = torch.autograd.grad(loss, weights)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=0, atol=1e-2 * (1 + float(other.abs().max())))
+
+
 def test_batch_norm_in_16_bits_takes_all_cells_at_once(spatial_dims):
-    automaton, state = (
-        make_automaton(spatial_dims, **RULES["normed"]),
-        make_state([6] * spatial_dims),
-    )
+    automaton = make_automaton(spatial_dims, **RULES["normed"])
+    state = make_state([6] * spatial_dims)
     automaton.block_cells = 30
     assert len(automaton.blocks(state)) == len(automaton.blocks(state.float())) > 1
     assert len(automaton.blocks(state.bfloat16())) == 1
@@ -290,6 +300,7 @@ def test_gradients_are_those_of_the_forward_pass_whatever_steps_are_set_after_it
 @pytest.mark.parametrize("segment_steps", [1, 3])
 def test_a_second_backward_pass_gives_the_same_gradients(spatial_dims, rule, segment_steps):
     automaton = make_automaton(spatial_dims, steps=5, segment_steps=segment_steps, **rule)
+    automaton.block_cells = 30
     loss, weights = run(automaton, make_state([6] * spatial_dims)).sum(), [*automaton.parameters()]
     first = torch.autograd.grad(loss, weights, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, weights)))
