@@ -159,7 +159,7 @@ class CellularAutomaton(nn.Module):
         # one of so many cells of a block is computed at a time, at a fire rate of one half
         at_once = 2**spatial_dims if self.is_strided else 2
         if self.is_normed:
-            at_once = 8  # measured: below, all at once is faster than twice by blocks
+            at_once = 8  # each block is computed twice, but up to one all cells at once
         self.block_cells = at_once * max(HIDDEN // hidden_size, 1)
         self.block_cells_on_gpu = at_once * max(HIDDEN_ON_GPU // hidden_size, 1)
         convolution = Conv[Conv.CONV, spatial_dims]
@@ -335,9 +335,15 @@ class CellularAutomaton(nn.Module):
         """Whether a step takes all cells at once, its normalisation not being part of the rule."""
         return self.is_normed and len(blocks) == 1
 
-    @torch.jit.unused
     def moments(self, padded: Tensor, rule: list[Tensor], blocks: list[Block]) -> list[Tensor]:
-        """Mean and variance (by their number) of all cells' hidden layer, ``(hidden_size,)``."""
+        """Mean and variance (by their number) of all cells' hidden layer, ``(hidden_size,)``.
+
+        None where they are no part of the rule.
+        """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return []
+        if not self.is_normed or self.is_whole(blocks):
+            return []
         cells, mean, variance = 0, torch.zeros_like(rule[0]), torch.zeros_like(rule[0])
         for block in blocks:
             window = channels_last(part(padded, block, self.radius))
@@ -351,9 +357,12 @@ class CellularAutomaton(nn.Module):
             variance += share * (its_variance - variance + (1 - share) * away.square())
         return [mean, variance]
 
-    @torch.jit.unused
     def normed(self, rule: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
-        """A rule whose hidden layer is normalised by its mean and variance."""
+        """The rule with a hidden layer normalised by its `moments`, if any."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return rule
+        if not moments:
+            return rule
         norm: Any = self.norm  # a batch norm
         mean, variance = moments
         scale = (variance + norm.eps).rsqrt()
@@ -464,19 +473,12 @@ class CellularAutomaton(nn.Module):
         rule: list[Tensor],
         blocks: list[Block],
         room: Tensor,
-    ) -> list[Tensor]:
-        """Take one step in place.
+    ) -> None:
+        """Take one step in place, by the rule of this step (`normed`).
 
         A block is updated once the next one, which sees its last rows, has been computed.
-
-        Returns:
-            The `moments` that the rule took in, if any.
         """
-        moments: list[Tensor] = []
         gathered: Tensor | None = None if self.is_whole(blocks) else room
-        if self.is_normed and gathered is not None:
-            moments = self.moments(padded, rule, blocks)
-            rule = self.normed(rule, moments)
         firsts, stride = self.lattices(firing, step)
         waiting: list[tuple[Tensor, Change]] = []
         for block in blocks:
@@ -497,7 +499,6 @@ class CellularAutomaton(nn.Module):
         for target, change in waiting:
             add(change, target)
         reflect(padded, self.radius)
-        return moments
 
     def run(
         self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor], room: Tensor
@@ -511,7 +512,8 @@ class CellularAutomaton(nn.Module):
                 part(own, block, 0).copy_(enlarge(coarse, block, list(image.shape[2:])))
             reflect(padded, self.radius)
             for step in range(self.steps):
-                self.advance(padded, firing, step, rule, blocks, room)
+                normed = self.normed(rule, self.moments(padded, rule, blocks))
+                self.advance(padded, firing, step, normed, blocks, room)
         return own
 
     def unroll(self, image: Tensor, coarse: Coarse, firing: Firing, rule: list[Tensor]) -> Tensor:
@@ -735,7 +737,9 @@ class Trajectory(torch.autograd.Function):
             segment = steps[first : first + automaton.segment_steps]
             kept += automaton.overwritten(padded, firing, segment)
             for step in segment:
-                ctx.moments.append(automaton.advance(padded, firing, step, rule, blocks, room))
+                ctx.moments.append(automaton.moments(padded, rule, blocks))
+                normed = automaton.normed(rule, ctx.moments[step])
+                automaton.advance(padded, firing, step, normed, blocks, room)
         device = image.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.automaton, ctx.firing, ctx.blocks = automaton, firing, blocks
@@ -768,7 +772,8 @@ class Trajectory(torch.autograd.Function):
             for step in segment[:-1]:
                 kept += automaton.overwritten(padded, ctx.firing, [step])
                 with torch.autocast(*ctx.autocast):
-                    automaton.advance(padded, ctx.firing, step, rule, ctx.blocks, room)
+                    normed = automaton.normed(rule, ctx.moments[step])
+                    automaton.advance(padded, ctx.firing, step, normed, ctx.blocks, room)
             for step in reversed(segment):
                 retreat(ctx, padded, upstream, step, weights, sums, room)
                 if step > first:

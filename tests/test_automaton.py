@@ -45,6 +45,13 @@ def test_perception_and_hidden_layer_fold_where_that_is_faster(spatial_dims, rul
     assert len(automaton.rule(folds)) == (3 if folds else 4)
 
 
+def test_a_normed_rule_folds_as_one_that_computes_all_cells():
+    image = torch.zeros(1, 2, 4, 4)
+    rules = [{"fire_rate": 0.5}, {"fire_rate": 1.0}, {"fire_rate": 0.5, "norm": "batch"}]
+    folds = [new_automaton(2, hidden_size=16, **rule).folds(image) for rule in rules]
+    assert folds == [False, True, True]
+
+
 def make_automaton(spatial_dims, **arguments):
     """An automaton with two image channels whose last layer does not start at zero."""
     automaton = new_automaton(spatial_dims, **arguments)
@@ -224,6 +231,28 @@ def test_norms_other_than_batch_norm_without_running_statistics_take_all_cells_a
     monkeypatch.setattr(automaton, "hidden_layer", spy)
     run(automaton, state).sum().backward()
     assert set(sizes) == ({14} if is_whole else {4})
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_a_batch_norm_may_lack_weight_or_bias(spatial_dims, missing):
+    automaton = make_automaton(spatial_dims, **RULES["normed"])
+    for weight in automaton.norm.parameters():
+        torch.nn.init.normal_(weight)
+    setattr(automaton.norm, missing, None)
+    state, start = make_state([6] * spatial_dims), torch.zeros(1, spatial_dims, dtype=torch.int64)
+    weight, seed = torch.randn_like(state[:, 2:]), torch.tensor([7, 8])
+    expected = gradients(automaton, state, seed, start, weight)
+    automaton.block_cells = 30
+    for one, other in zip(gradients(automaton, state, seed, start, weight), expected, strict=True):
+        assert_close(one, other, rtol=0, atol=1e-10 * max(1, float(other.detach().abs().max())))
+
+
+def test_a_norm_of_all_cells_at_once_needs_no_room(spatial_dims):
+    image, rooms = torch.zeros(1, 2, *[16] * spatial_dims, dtype=torch.float64), []
+    for norm in (None, ("group", {"num_groups": 2})):
+        automaton = new_automaton(spatial_dims, fire_rate=0.3, norm=norm)
+        rooms.append(len(automaton.room(image, image.new_empty(0))))
+    assert rooms[0] > rooms[1] == 0
 
 
 def test_the_backward_pass_by_blocks_is_of_the_forward_passs_type(spatial_dims):
